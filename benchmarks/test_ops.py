@@ -1,0 +1,118 @@
+"""Ops with a compiled stand-in at the models' shapes: it, the reference, that compiled, and a plain copy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks.compare import Result, Table, compiled
+from fastldm import ops
+
+Shape = tuple[int, int, int]
+# From float64. PyTorch's own group norm is 3e-5 off on the largest map; bfloat16: one unit in the last place.
+TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 2**-7}
+
+
+@dataclass(frozen=True)
+class Call:
+    """Arguments of an op, the bytes that it has to read and write, and the arguments that it changes."""
+
+    arguments: tuple[Any, ...]
+    moved: int
+    changed: tuple[Tensor, ...] = ()
+
+    def of(self, function: Callable[..., Tensor | None]) -> Callable[[], Result]:
+        """The call of this implementation, giving what it returns or changes."""
+
+        def run() -> Result:
+            returned = function(*self.arguments)
+            return self.changed if returned is None else returned
+
+        return run
+
+    def in_float64(self) -> Call:
+        """The same values in double precision."""
+        tensors = [each for each in self.arguments if isinstance(each, Tensor) and each.is_floating_point()]
+        wide = {id(tensor): tensor.double() for tensor in tensors}
+        arguments = tuple(wide.get(id(each), each) for each in self.arguments)
+        return Call(arguments, self.moved, tuple(wide[id(tensor)] for tensor in self.changed))
+
+
+def image(dtype: torch.dtype, *shape: int) -> Tensor:
+    return torch.randn(shape).to(dtype, memory_format=torch.channels_last)
+
+
+def copy(moved: int) -> Callable[[], None]:
+    """What memory allows: as many bytes, half read and half written."""
+    source, target = torch.ones(2, moved // 8)
+
+    def run() -> None:
+        target.copy_(source)
+
+    return run
+
+
+def group_norm_silu(dtype: torch.dtype, rows: int, channels: int, side: int) -> Call:
+    x, (weight, bias) = image(dtype, rows, channels, side, side), torch.randn(2, channels).to(dtype)
+    return Call((x, weight, bias, 32), 2 * x.nbytes)
+
+
+def guided_step(dtype: torch.dtype, slots: int, channels: int, side: int) -> Call:
+    latents, x0, noise = (image(torch.float32, slots, channels, side, side) for _ in range(3))
+    model_input, out = (image(dtype, 2 * slots, channels, side, side) for _ in range(2))
+    table = torch.full((1, 1, 9), 0.5)  # halves x, so that call after call stays small
+    arguments = (latents, x0, model_input, out, noise, table, torch.zeros(slots, dtype=torch.long))
+    return Call(arguments, 5 * latents.nbytes + 2 * out.nbytes, (latents, x0, model_input))
+
+
+# Rows, channels and side; --quick takes the first.
+UNET = [(2, 1280, 8), (2, 320, 64), (2, 960, 64), (2, 640, 32), (2, 1280, 16)]  # SD1.5, a guided step
+VAE = [(1, 512, 64), (1, 512, 128), (1, 256, 256), (1, 128, 512)]  # its decoder, 512 pixels
+SHAPES: dict[str, tuple[Callable[..., Call], list[Shape]]] = {
+    "group_norm_silu": (group_norm_silu, UNET + VAE),
+    "guided_step": (guided_step, [(1, 4, 64), (8, 4, 64), (1, 16, 128)]),
+}
+BACKENDS = [backend for backend in ops.resolve(None) if backend != "reference"]
+CASES = [
+    pytest.param(name, dtype, shape, id=f"{name}-{str(dtype)[6:]}-{'x'.join(map(str, shape))}")
+    for name, op in ops.OPS.items()
+    if op.stand_ins.keys() & set(BACKENDS)
+    for dtype in TOLERANCES
+    for shape in SHAPES[name][1]  # a KeyError here: an op has its first stand-in, and no shapes yet
+]
+
+
+@pytest.mark.parametrize(("name", "dtype", "shape"), CASES)
+def test_op(race: Callable[..., Table], effort: int, name: str, dtype: torch.dtype, shape: Shape) -> None:
+    make, shapes = SHAPES[name]
+    if not effort and (dtype != torch.float32 or shape != shapes[0]):
+        pytest.skip("--quick takes one shape of each op")
+
+    def call() -> Call:
+        torch.manual_seed(3)
+        return make(dtype, *shape)
+
+    op, moved = ops.OPS[name], call().moved
+    contenders: dict[str, Callable[[], object]] = {}
+    for backend in BACKENDS:
+        if backend in op.stand_ins:
+            assert (why := op.stand_ins[backend].refuses(*call().arguments)) is None, why
+            contenders[backend] = call().of(op.stand_ins[backend].run)
+    contenders["reference"] = call().of(op.reference)
+    if effort:
+        contenders["reference, torch.compile"] = call().of(compiled(op.reference))
+    contenders["copy of as many bytes"] = copy(moved)
+    race(
+        f"{name} {'x'.join(map(str, shape))}, {str(dtype)[6:]}",
+        contenders,
+        budget=1.5,
+        truth=call().in_float64().of(op.reference)(),
+        tolerance=TOLERANCES[dtype],
+        work=moved / 1e9,
+        unit="GB/s",
+    )

@@ -1,0 +1,65 @@
+// The arguments of the CPU kernels and, for each instruction set compiled in, their entry points.
+#pragma once
+
+#include <cstdint>
+
+namespace fastldm {
+
+enum class Type : int { float32, bfloat16 };
+
+// silu(group_norm(x + row_bias)) of dense channels-last rows [rows, pixels, channels].
+struct GroupNormSilu {
+    const void* x;
+    void* result;
+    const float* weight;      // [channels]
+    const float* bias;        // [channels]
+    const float* row_bias;    // [rows, channels], or null
+    float* block_moments;     // scratch [rows, blocks(pixels), 3, channels]
+    double* channel_moments;  // scratch [rows, 2, channels]
+    float* coefficients;      // scratch [rows, 3, channels]
+    int64_t rows, pixels, channels, groups;
+    double eps;
+    bool silu;
+    Type type;
+    int threads;
+
+    // Moments are taken over fixed blocks of pixels, whatever the number of threads, and merged in order: the result
+    // does not depend on the threads.
+    static constexpr int64_t BLOCK = 64;
+    static int64_t blocks(int64_t pixels) { return (pixels + BLOCK - 1) / BLOCK; }
+};
+
+// One tensor of a guided step: where it starts, and how many elements lie between slots, channels and pixels.
+struct Plane {
+    void* data;
+    int64_t slot, channel, pixel;
+};
+
+// One row of every slot's sampler table applied in place; names as in fastldm/ops/sampling.py.
+struct GuidedStep {
+    Plane latents, x0, model_input, out, noise;  // noise.data may be null
+    const float* table;                          // [slots or 1, table_rows, columns]
+    const int64_t* step;                         // [slots]
+    int64_t slots, channels, pixels;
+    int64_t table_slot, columns;  // elements between the tables of two slots, and between two rows
+    int64_t copies;               // model_input holds the next latents this many times: 1, or 2 when guided
+    bool guided;
+    Type type;  // of model_input and out
+    int threads;
+};
+
+#define FASTLDM_DECLARE(isa)                    \
+    namespace isa {                             \
+    void group_norm_silu(const GroupNormSilu&); \
+    void guided_step(const GuidedStep&);        \
+    }
+
+FASTLDM_DECLARE(plain)
+#ifdef FASTLDM_X86
+FASTLDM_DECLARE(avx2)
+FASTLDM_DECLARE(avx512)
+#endif
+
+#undef FASTLDM_DECLARE
+
+}  // namespace fastldm

@@ -1,0 +1,146 @@
+// A vector of LANES floats, on the vector extensions of GCC and Clang.
+//
+// Every kernel is written once over this header and compiled once for each instruction set, with that set's flags and
+//   FASTLDM_ISA    name of the namespace: plain, avx2, avx512
+//   FASTLDM_LANES  floats in a vector: 4, 8, 16
+// No standard template may be used here or in a kernel: its instances would be weak symbols, and the linker is free to
+// give the AVX-512 copy to the plain path.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#ifdef __AVX2__
+#include <immintrin.h>
+#endif
+
+#define FASTLDM_INLINE static inline __attribute__((always_inline))
+
+namespace fastldm::FASTLDM_ISA {
+
+constexpr int LANES = FASTLDM_LANES;
+
+typedef float Floats __attribute__((vector_size(4 * FASTLDM_LANES)));
+typedef int32_t Ints __attribute__((vector_size(4 * FASTLDM_LANES)));
+typedef uint32_t Words __attribute__((vector_size(4 * FASTLDM_LANES)));
+typedef uint16_t Halves __attribute__((vector_size(2 * FASTLDM_LANES)));
+
+struct bfloat16 {
+    uint16_t bits;
+};
+
+FASTLDM_INLINE Floats splat(float value) { return value - Floats{}; }
+
+#if FASTLDM_LANES == 8 && defined(__AVX2__)
+// GCC 12 makes six instructions of the conversion of eight halves, and too many of the way back.
+FASTLDM_INLINE Words extend(Halves halves) {
+    return reinterpret_cast<Words>(_mm256_cvtepu16_epi32(reinterpret_cast<__m128i>(halves)));
+}
+FASTLDM_INLINE __m256i truncate(Words low, Words high) {  // words < 2^16
+    const __m256i mixed = _mm256_packus_epi32(reinterpret_cast<__m256i>(low), reinterpret_cast<__m256i>(high));
+    return _mm256_permute4x64_epi64(mixed, 0xd8);
+}
+FASTLDM_INLINE Halves truncate(Words words) {
+    return reinterpret_cast<Halves>(_mm256_castsi256_si128(truncate(words, words)));
+}
+#else
+FASTLDM_INLINE Words extend(Halves halves) { return __builtin_convertvector(halves, Words); }
+FASTLDM_INLINE Halves truncate(Words words) { return __builtin_convertvector(words, Halves); }
+#endif
+
+FASTLDM_INLINE Floats widen(Halves halves) { return reinterpret_cast<Floats>(extend(halves) << 16); }
+
+// The upper halves, rounded to nearest even; any NaN becomes the quiet NaN that PyTorch writes.
+FASTLDM_INLINE Words rounded(Floats values) {
+    const Words bits = reinterpret_cast<Words>(values);
+    const Words quiet = Words{} + 0x7fc0;
+    return values == values ? (bits + 0x7fff + ((bits >> 16) & 1)) >> 16 : quiet;
+}
+
+FASTLDM_INLINE Floats load(const float* from) {
+    Floats values;
+    std::memcpy(&values, from, sizeof values);
+    return values;
+}
+
+FASTLDM_INLINE Floats load(const bfloat16* from) {
+    Halves halves;
+    std::memcpy(&halves, from, sizeof halves);
+    return widen(halves);
+}
+
+FASTLDM_INLINE void store(float* to, Floats values) { std::memcpy(to, &values, sizeof values); }
+
+FASTLDM_INLINE void store(bfloat16* to, Floats values) {
+    const Halves halves = truncate(rounded(values));
+    std::memcpy(to, &halves, sizeof halves);
+}
+
+// Two vectors, one after the other.
+template <typename T>
+FASTLDM_INLINE void store(T* to, Floats low, Floats high) {
+    store(to, low);
+    store(to + LANES, high);
+}
+
+#if FASTLDM_LANES == 8 && defined(__AVX2__)
+FASTLDM_INLINE void store(bfloat16* to, Floats low, Floats high) {
+    const __m256i halves = truncate(rounded(low), rounded(high));
+    std::memcpy(to, &halves, sizeof halves);
+}
+#endif
+
+// The first `count` lanes, `stride` elements apart in memory; the others read as zero and are not written. One lane is
+// computed exactly as a lane of a full vector, so results depend neither on a tensor's size nor on its layout.
+template <typename T>
+FASTLDM_INLINE Floats load(const T* from, int64_t stride, int count) {
+    T lanes[LANES] = {};
+    for (int i = 0; i < count; ++i) lanes[i] = from[i * stride];
+    return load(lanes);
+}
+
+template <typename T>
+FASTLDM_INLINE void store(T* to, int64_t stride, int count, Floats values) {
+    T lanes[LANES];
+    store(lanes, values);
+    for (int i = 0; i < count; ++i) to[i * stride] = lanes[i];
+}
+
+// NaN in `value` stays NaN, as in torch.clamp.
+FASTLDM_INLINE Floats clamp(Floats value, Floats low, Floats high) {
+    value = value < low ? low : value;
+    return value > high ? high : value;
+}
+
+// exp(z) for -87 <= z <= 88; other z give any number. With z = n ln2 + r, exp(z) = 2^n p(r), where p is the minimax
+// polynomial over |r| <= ln2/2. For results of type float, degree 6: its error, 3.1e-9, leaves only rounding, and ln2
+// is in two parts, so that n times the first is exact without a fused multiply-add. For bfloat16, degree 4: 5.4e-6.
+template <typename E>
+FASTLDM_INLINE Floats exp_in_range(Floats z) {
+    const Floats to_integer = splat(12582912.0f);  // 1.5 * 2^23: the low bits of a sum with it hold the integer
+    const Floats shifted = z * 1.44269504f + to_integer;
+    const Floats n = shifted - to_integer;
+    Floats p;
+    if (sizeof(E) == sizeof(float)) {
+        const Floats r = z - n * 0.693359375f + n * 2.12194440e-4f;
+        const Floats r2 = r * r;  // pairs of terms at a time, for a short chain of dependent operations
+        const Floats high = (r * 0x1.6a23d0p-10f + 0x1.123a20p-7f) * r2 + (r * 0x1.5558f2p-5f + 0x1.555492p-3f);
+        p = (high * r2 + (r * 0x1.fffffcp-2f + 1.0f)) * r + 1.0f;
+    } else {
+        const Floats r = z - n * 0.693147182f;
+        p = ((r * 0x1.5224eap-5f + 0x1.571d1ep-3f) * (r * r) + (r * 0x1.0006b8p-1f + 1.0f)) * r + 1.0f;
+    }
+    return reinterpret_cast<Floats>(reinterpret_cast<Ints>(p) + (reinterpret_cast<Ints>(shifted) << 23));
+}
+
+// x / (1 + exp(-x)), to be stored as E; -0 below -87, where the value is under 2e-36.
+template <typename E>
+FASTLDM_INLINE Floats silu(Floats x) {
+    // Above 87, exp(-x) no longer counts. As integers, floats compare like floats as long as one is positive.
+    const Ints bits = reinterpret_cast<Ints>(x), most = reinterpret_cast<Ints>(splat(87.0f));
+    const Floats bounded = reinterpret_cast<Floats>(bits < most ? bits : most);
+    const Floats value = x / (1.0f + exp_in_range<E>(-bounded));
+    return x < splat(-87.0f) ? x * 0.0f : value;
+}
+
+}  // namespace fastldm::FASTLDM_ISA

@@ -1,0 +1,42 @@
+"""Compiled kernels on raw pointers (csrc/bindings.cpp): integer addresses, strides in elements."""
+
+Strides = tuple[int, int, int, int]  # address, then elements between slots, channels and pixels
+
+def isas() -> list[str]: ...
+def group_norm_silu(
+    isa: str,
+    result: int,
+    x: int,
+    type: str,
+    rows: int,
+    pixels: int,
+    channels: int,
+    weight: int,
+    bias: int,
+    affine_type: str,
+    row_bias: tuple[int, str, int] | None,
+    groups: int,
+    eps: float,
+    silu: bool,
+    threads: int,
+) -> None: ...
+def guided_step(
+    isa: str,
+    latents: Strides,
+    x0: Strides,
+    model_input: Strides,
+    out: Strides,
+    noise: Strides | None,
+    type: str,
+    slots: int,
+    channels: int,
+    pixels: int,
+    copies: int,
+    guided: bool,
+    table: int,
+    table_slot: int,
+    table_rows: int,
+    columns: int,
+    step: int,
+    threads: int,
+) -> None: ...

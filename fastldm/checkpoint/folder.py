@@ -1,0 +1,163 @@
+"""Diffusers folders: model_index.json, and a subfolder with configuration and weights for each network."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fastldm.checkpoint.container import Entry, SafetensorsFile
+from fastldm.checkpoint.detect import FOREIGN_CLASSES, family_of
+from fastldm.checkpoint.limits import read_json
+from fastldm.checkpoint.overrides import overlay
+from fastldm.checkpoint.rename import modern_text_key, modern_vae_key
+from fastldm.checkpoint.source import PARTS, Part, Skipped, Source, as_matrix
+from fastldm.errors import CheckpointError
+
+INDEX = "model_index.json"
+CLASSES = {
+    "unet": ("UNet2DConditionModel",),
+    "vae": ("AutoencoderKL",),
+    "text_encoder": ("CLIPTextModel", "CLIPTextModelWithProjection"),
+}
+NOT_NEEDED = ("safety_checker", "feature_extractor", "image_encoder")
+MAX_SHARDS = 256
+_WEIGHTS = re.compile(
+    r"(?:diffusion_pytorch_model|model)(?:\.(?P<before>\w+))?\.safetensors(?P<index>\.index(?:\.(?P<after>\w+))?\.json)?"
+)
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+
+
+def open_folder(path: Path, overrides: Mapping[str, Any]) -> Source:
+    """Read a diffusers folder's configurations and the headers of its weight files."""
+    if not (path / INDEX).is_file():
+        raise CheckpointError(path, None, _not_a_model(path))
+    _check_index(path / INDEX, read_json(path / INDEX))
+    skipped = Skipped()
+    files: list[SafetensorsFile] = []
+    parts = {}
+    for name in PARTS:
+        config_file = path / name / "config.json"
+        config = overlay(read_json(config_file), overrides.get(name))
+        weight_file, shards = _weight_files(path / name, overrides.get("variant"))
+        parts[name] = Part(config, config_file, weight_file, _tensors(name, shards, skipped), lambda key: key)
+        files += shards
+    scheduler_file = path / "scheduler" / "scheduler_config.json"
+    return Source(
+        path=path,
+        family=family_of(parts["unet"].config),
+        parts=parts,
+        scheduler=overlay(read_json(scheduler_file), overrides.get("scheduler")),
+        scheduler_file=scheduler_file,
+        tokenizer=path / "tokenizer",
+        files=tuple(files),
+        skipped=dict(skipped),
+        warnings=(),
+    )
+
+
+def _not_a_model(path: Path) -> str:
+    """What to say of a folder without model_index.json."""
+    why = f"has no {INDEX}, so it is no diffusers folder"
+    inside = sorted(path.glob("*.safetensors"))
+    if (path.parent / INDEX).is_file():
+        return f"{why}, but one of its components: give {path.parent}"
+    if inside:
+        return f"{why}; a single file such as {inside[0]} can be given by its own path"
+    return why
+
+
+def _check_index(file: Path, index: Mapping[str, Any]) -> None:
+    """Refuse pipelines of other families and components that fastldm does not have."""
+    pipeline = str(index.get("_class_name"))
+    for beginning, why in FOREIGN_CLASSES.items():
+        if pipeline.startswith(beginning):
+            raise CheckpointError(file, "_class_name", f"is {pipeline!r:.80}: {why}")
+    present = {
+        name: value[1]
+        for name, value in index.items()
+        if isinstance(value, list) and len(value) == 2 and value[1] is not None and not name.startswith("_")
+    }
+    for name, kind in present.items():
+        if name not in (*PARTS, "tokenizer", "scheduler", *NOT_NEEDED):
+            raise CheckpointError(file, name, f"is a component that fastldm does not know: {kind!r:.80}")
+        if name in CLASSES and kind not in CLASSES[name]:
+            raise CheckpointError(
+                file, name, f"is of class {kind!r:.80}; fastldm supports {' and '.join(CLASSES[name])}"
+            )
+    for name in PARTS:
+        if name not in present:
+            raise CheckpointError(file, name, "is missing: the model has no such component")
+
+
+def _weight_files(folder: Path, variant: str | None) -> tuple[Path, list[SafetensorsFile]]:
+    """The file or index to blame for a component's missing tensors, and its weight files.
+
+    Without a variant asked for: the plain files, else fp16, else bf16, else the first variant by name; one
+    file before shards.
+    """
+    if not folder.is_dir():
+        raise CheckpointError(folder, None, "is missing: a diffusers folder has a folder of that name")
+    found = []
+    for file in folder.iterdir():
+        match = _WEIGHTS.fullmatch(file.name)
+        if match:
+            kind = match["before"] or match["after"] or ""
+            if kind == variant or variant is None:
+                order = {"": 0, "fp16": 1, "bf16": 2}.get(kind, 3)
+                found.append((order, kind, match["index"] is not None, file))
+    if not found:
+        pickles = sorted(file.name for file in folder.iterdir() if file.suffix in _PICKLES)
+        why = f"holds no safetensors weights{f' of the variant {variant!r}' if variant else ''}"
+        raise CheckpointError(
+            folder, None, f"{why}; fastldm loads no pickles ({pickles[0]})" if pickles else why
+        )
+    _, _, sharded, file = min(found)
+    return file, _shards(file) if sharded else [SafetensorsFile(file)]
+
+
+def _shards(index_file: Path) -> list[SafetensorsFile]:
+    """The files beside a shard index that it names; they must hold exactly the tensors that it says."""
+    weight_map = read_json(index_file).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise CheckpointError(index_file, "weight_map", "must map tensor names to file names")
+    names = sorted(set(weight_map.values()))
+    if len(names) > MAX_SHARDS:
+        raise CheckpointError(
+            index_file, "weight_map", f"names {len(names)} files; the limit is {MAX_SHARDS}"
+        )
+    for name in names:
+        if not re.fullmatch(r"[\w][\w.\-]*\.safetensors", name):
+            raise CheckpointError(
+                index_file,
+                "weight_map",
+                f"names the file {name!r:.80}; a plain name of a safetensors file is allowed",
+            )
+    shards = [SafetensorsFile(index_file.with_name(name)) for name in names]
+    for shard in shards:
+        for key in shard.entries:
+            if weight_map.pop(key, None) != shard.path.name:
+                raise CheckpointError(
+                    shard.path, key, f"is in this file, but not according to {index_file.name}"
+                )
+    if weight_map:
+        key, name = next(iter(weight_map.items()))
+        raise CheckpointError(
+            index_file.with_name(name), key, f"is missing, although {index_file.name} names it"
+        )
+    return shards
+
+
+def _tensors(part: str, files: list[SafetensorsFile], skipped: Skipped) -> dict[str, Entry]:
+    """A component's tensors by the names in use today; harmless ones are counted."""
+    found: dict[str, Entry] = {}
+    for file in files:
+        for key, entry in file.entries.items():
+            if skipped.take(key):
+                continue
+            name = {"vae": modern_vae_key, "text_encoder": modern_text_key}.get(part, str)(key)
+            if name in found:
+                raise CheckpointError(file.path, key, f"stands for the same tensor as {found[name].name}")
+            found[name] = as_matrix(entry) if part == "vae" and ".attentions." in name else entry
+    return found

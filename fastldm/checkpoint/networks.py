@@ -1,0 +1,113 @@
+"""A model's networks: configurations read, built on the meta device, held against what the files offer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from fastldm.checkpoint.limits import check_structure
+from fastldm.checkpoint.source import PARTS, Part, Source
+from fastldm.checkpoint.tensors import DTYPES
+from fastldm.errors import CheckpointError
+from fastldm.models.clip import CLIPTextConfig, CLIPTextModel
+from fastldm.models.unet import UNet, UNetConfig
+from fastldm.models.vae import AutoencoderKL, VAEConfig
+
+NETWORKS: dict[str, tuple[Any, Any]] = {
+    "unet": (UNetConfig, UNet),
+    "vae": (VAEConfig, AutoencoderKL),
+    "text_encoder": (CLIPTextConfig, CLIPTextModel),
+}
+
+
+def read_network_config(part: str, fields: Mapping[str, Any], file: Path) -> Any:
+    """The configuration dataclass of a network from the fields of its config.json."""
+    check_structure(fields, file)
+    try:
+        return NETWORKS[part][0].from_dict(fields, str(file))
+    except (TypeError, ValueError, AttributeError, LookupError) as error:
+        raise CheckpointError(file, None, f"is malformed: {error}") from error
+
+
+class Networks(NamedTuple):
+    """The networks of a model, in the order of `PARTS`."""
+
+    unet: UNet
+    vae: AutoencoderKL
+    text_encoder: CLIPTextModel
+
+
+def build(source: Source) -> Networks:
+    """The networks on the meta device, each of whose tensors the source has, under its name and in its shape.
+
+    A tensor that is missing, unexpected, misshapen or no float is a CheckpointError, and so are networks that
+    do not fit together.
+    """
+    networks = Networks(*(_build(name, source.parts[name]) for name in PARTS))
+    unet, vae, text = networks.unet.config, networks.vae.config, networks.text_encoder.config
+    unet_file = source.parts["unet"].config_file
+    if unet.cross_attention_dim != text.hidden_size:
+        why = f"is {unet.cross_attention_dim}, but the text encoder's hidden_size is {text.hidden_size}"
+        raise CheckpointError(unet_file, "cross_attention_dim", why)
+    for width, heads in zip(unet.block_out_channels, unet.heads, strict=True):
+        if width % heads:
+            raise CheckpointError(
+                unet_file, "attention_head_dim", f"{heads} heads do not divide width {width}"
+            )
+    latent = vae.latent_channels
+    if unet.out_channels != latent or unet.in_channels not in (latent, 2 * latent + 1):
+        why = (
+            f"is {unet.in_channels} → {unet.out_channels}; with {latent} latent channels fastldm supports "
+            f"{latent} → {latent}, and {2 * latent + 1} → {latent} for inpainting"
+        )
+        raise CheckpointError(unet_file, "in_channels", why)
+    return networks
+
+
+def _build(name: str, part: Part) -> Any:
+    config = read_network_config(name, part.config, part.config_file)
+    try:
+        with _NoInitialValues(), torch.device("meta"):
+            network = NETWORKS[name][1](config)
+    except (ValueError, RuntimeError) as error:
+        raise CheckpointError(
+            part.config_file, None, f"describes no network that can be built: {error}"
+        ) from error
+    expected = network.state_dict()
+    for key, entry in part.tensors.items():
+        file = entry.spans[0].file.path
+        if key not in expected:
+            raise CheckpointError(file, entry.name, f"is unexpected: the {name} has no such tensor")
+        if entry.shape != tuple(expected[key].shape):
+            raise CheckpointError(
+                file, entry.name, f"has shape {list(entry.shape)}; expected {list(expected[key].shape)}"
+            )
+        if entry.dtype not in DTYPES:
+            raise CheckpointError(
+                file, entry.name, f"has dtype {entry.dtype}; weights are {', '.join(DTYPES)}"
+            )
+    missing = [key for key in expected if key not in part.tensors]
+    if missing:
+        more = f" ({len(missing)} tensors of the {name} are)" if len(missing) > 1 else ""
+        raise CheckpointError(part.weight_file, part.name_in_file(missing[0]), f"is missing{more}")
+    return network
+
+
+class _NoInitialValues(TorchFunctionMode):
+    """Modules are made without drawing initial values, which takes most of the time of building a network."""
+
+    def __torch_function__(
+        self,
+        function: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(function, "__module__", None) == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return function(*args, **kwargs)

@@ -1,0 +1,91 @@
+"""Writing a diffusers folder."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastldm.checkpoint.atomic import replacing
+from fastldm.checkpoint.container import Payload, write_safetensors
+from fastldm.checkpoint.detect import family_of
+from fastldm.checkpoint.folder import INDEX
+from fastldm.checkpoint.tensors import payload
+from fastldm.diffusion import SchedulerConfig
+from fastldm.models.clip import CLIPTextModel
+from fastldm.models.tokenizer import Tokenizer
+from fastldm.models.unet import UNet
+from fastldm.models.vae import AutoencoderKL
+
+WEIGHTS = {
+    "unet": "diffusion_pytorch_model.safetensors",
+    "vae": "diffusion_pytorch_model.safetensors",
+    "text_encoder": "model.safetensors",
+}
+
+
+def save_folder(
+    folder: str | os.PathLike[str],
+    *,
+    unet: UNet,
+    vae: AutoencoderKL,
+    text_encoder: CLIPTextModel,
+    tokenizer: Tokenizer,
+    scheduler: SchedulerConfig | Mapping[str, Any],
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Write a model as a diffusers folder, its weights in `dtype` (None: as they are).
+
+    A model that is there already is replaced once the new one is complete. CheckpointError when it cannot be
+    written.
+    """
+    networks: dict[str, Any] = {"unet": unet, "vae": vae, "text_encoder": text_encoder}
+    weights = {
+        part: {key: payload(tensor.to(dtype or tensor.dtype)) for key, tensor in network.state_dict().items()}
+        for part, network in networks.items()
+    }
+    configs = {part: network.config.to_dict() for part, network in networks.items()}
+    fields = scheduler.to_dict() if isinstance(scheduler, SchedulerConfig) else scheduler
+    write_folder(Path(os.path.abspath(folder)), configs, weights, tokenizer, fields)
+
+
+def write_folder(
+    folder: Path,
+    configs: Mapping[str, Mapping[str, Any]],
+    weights: Mapping[str, Mapping[str, Payload]],
+    tokenizer: Tokenizer,
+    scheduler: Mapping[str, Any],
+) -> None:
+    """Write a diffusers folder from its parts; parent folders are made as needed."""
+    with replacing(folder) as temporary:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        for part, tensors in weights.items():
+            (temporary / part).mkdir(parents=True)
+            _write_json(temporary / part / "config.json", configs[part])
+            write_safetensors(temporary / part / WEIGHTS[part], tensors, {"format": "pt"})
+        (temporary / "tokenizer").mkdir()
+        tokenizer.save(temporary / "tokenizer")
+        (temporary / "scheduler").mkdir()
+        _write_json(temporary / "scheduler" / "scheduler_config.json", scheduler)
+        kind = json.loads((temporary / "tokenizer" / "tokenizer_config.json").read_bytes())["tokenizer_class"]
+        task = "Inpaint" if family_of(configs["unet"]).endswith("-inpaint") else ""
+        index = {
+            "_class_name": f"StableDiffusion{task}Pipeline",
+            "feature_extractor": [None, None],
+            "requires_safety_checker": False,
+            "safety_checker": [None, None],
+            "scheduler": ["diffusers", scheduler["_class_name"]],
+            "text_encoder": ["transformers", "CLIPTextModel"],
+            "tokenizer": ["transformers", kind],
+            "unet": ["diffusers", "UNet2DConditionModel"],
+            "vae": ["diffusers", "AutoencoderKL"],
+        }
+        _write_json(temporary / INDEX, index)
+
+
+def _write_json(file: Path, content: Mapping[str, Any]) -> None:
+    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,165 @@
+"""The layers that the UNet and the autoencoder share; tensors are channels-last, tokens are [rows, H·W, C]
+views of them.
+"""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from fastldm import ops
+
+
+class Linear(nn.Linear):
+    """x Wᵀ + bias (+ residual)."""
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        return ops.linear(x, self.weight, self.bias, residual)
+
+
+class Conv2d(nn.Conv2d):
+    """Convolution + bias (+ residual); square kernel, stride and padding."""
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        return ops.conv2d(x, self.weight, self.bias, int(self.stride[0]), int(self.padding[0]), residual)
+
+
+class LayerNorm(nn.LayerNorm):
+    """Layer norm over the channels of tokens."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.layer_norm(x, self.weight, self.bias, self.eps)
+
+
+class GroupNorm(nn.GroupNorm):
+    """Group norm, with SiLU unless told otherwise, of x plus a bias for each row."""
+
+    def forward(self, x: Tensor, silu: bool = True, row_bias: Tensor | None = None) -> Tensor:
+        return ops.group_norm_silu(x, self.weight, self.bias, self.num_groups, self.eps, silu, row_bias)
+
+
+Network = TypeVar("Network", bound=nn.Module)
+
+
+def channels_last(network: Network) -> Network:
+    """The network with its convolutions' weights laid out channels-last, in place."""
+    return network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def to_tokens(x: Tensor) -> Tensor:
+    """[N, C, H, W] → [N, H·W, C]: a view when x is channels-last."""
+    return x.permute(0, 2, 3, 1).flatten(1, 2)
+
+
+def from_tokens(tokens: Tensor, like: Tensor) -> Tensor:
+    """[N, H·W, C] → [N, C, H, W], channels-last, with the height and width of `like`."""
+    return tokens.unflatten(1, like.shape[2:]).permute(0, 3, 1, 2)
+
+
+def split_heads(tokens: Tensor, heads: int) -> Tensor:
+    """[N, L, heads·d] → [N, heads, L, d], a view."""
+    return tokens.unflatten(2, (heads, -1)).transpose(1, 2)
+
+
+def merge_heads(x: Tensor) -> Tensor:
+    """[N, heads, L, d] → [N, L, heads·d]."""
+    return x.transpose(1, 2).flatten(2)
+
+
+class ResBlock(nn.Module):
+    """x + conv(silu(norm(conv(silu(norm(x))) + time bias))), with a 1×1 shortcut where the width changes.
+
+    The time bias [rows, C] is `time_bias(silu(time embedding))`, computed ahead by the UNet's `condition`;
+    the autoencoder has none.
+    """
+
+    def __init__(
+        self, width_in: int, width: int, groups: int, eps: float, time_width: int | None = None
+    ) -> None:
+        super().__init__()
+        self.norm1 = GroupNorm(groups, width_in, eps)
+        self.conv1 = Conv2d(width_in, width, 3, padding=1)
+        if time_width is not None:
+            self.time_emb_proj = Linear(time_width, width)
+        self.norm2 = GroupNorm(groups, width, eps)
+        self.conv2 = Conv2d(width, width, 3, padding=1)
+        self.conv_shortcut = Conv2d(width_in, width, 1) if width_in != width else None
+
+    def forward(self, x: Tensor, time_bias: Tensor | None = None) -> Tensor:
+        residual = x if self.conv_shortcut is None else self.conv_shortcut(x)
+        hidden = self.conv1(self.norm1(x))
+        return self.conv2(self.norm2(hidden, row_bias=time_bias), residual)
+
+
+class Downsample(nn.Module):
+    """3×3 convolution with stride 2; the autoencoder pads right and below only, the UNet all round."""
+
+    def __init__(self, width: int, asymmetric: bool) -> None:
+        super().__init__()
+        self.conv = Conv2d(width, width, 3, stride=2, padding=0 if asymmetric else 1)
+        self.asymmetric = asymmetric
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(nn.functional.pad(x, (0, 1, 0, 1)) if self.asymmetric else x)
+
+
+class Upsample(nn.Module):
+    """Nearest-neighbour 2× enlargement and a 3×3 convolution."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv = Conv2d(width, width, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert self.conv.bias is not None
+        return ops.upsample_conv(x, self.conv.weight, self.conv.bias)
+
+
+class Attention(nn.Module):
+    """Multi-head attention over tokens, added to the residual.
+
+    The keys and values come from the tokens themselves, or ready made from `keys_values(context)`: a
+    prompt's are computed once.
+    """
+
+    def __init__(
+        self, width: int, heads: int, context_width: int | None = None, qkv_bias: bool = False
+    ) -> None:
+        super().__init__()
+        self.heads = heads
+        self.to_q = Linear(width, width, bias=qkv_bias)
+        self.to_k = Linear(context_width or width, width, bias=qkv_bias)
+        self.to_v = Linear(context_width or width, width, bias=qkv_bias)
+        self.to_out = nn.ModuleList([Linear(width, width)])
+
+    def keys_values(self, context: Tensor) -> tuple[Tensor, Tensor]:
+        """context [rows, L, D] → keys and values [rows, heads, L, d]."""
+        return split_heads(self.to_k(context), self.heads), split_heads(self.to_v(context), self.heads)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        residual: Tensor,
+        keys_values: tuple[Tensor, Tensor] | None = None,
+        key_lengths: Tensor | None = None,
+    ) -> Tensor:
+        keys, values = self.keys_values(tokens) if keys_values is None else keys_values
+        mixed = ops.attention(split_heads(self.to_q(tokens), self.heads), keys, values, key_lengths)
+        return self.to_out[0](merge_heads(mixed), residual)
+
+
+def timestep_embedding(timesteps: Tensor, width: int) -> Tensor:
+    """[cos(t ω), sin(t ω)] with ω = 10000^(−i / (width/2)); float timesteps [...] → [..., width], at least
+    float32.
+
+    (Vaswani et al. 2017, arXiv:1706.03762; cosine first, as in latent diffusion)
+    """
+    dtype = torch.promote_types(timesteps.dtype, torch.float32)
+    half = width // 2
+    exponent = torch.arange(half, dtype=dtype, device=timesteps.device) * (
+        -9.210340371976184 / half
+    )  # −ln 10000
+    angles = timesteps.to(dtype)[..., None] * torch.exp(exponent)
+    return torch.cat((angles.cos(), angles.sin()), dim=-1)

@@ -1,0 +1,397 @@
+"""The cross-attention UNet of latent diffusion, SD1 and SD2. (Rombach et al. 2022, arXiv:2112.10752,
+section 3.3)
+
+Two phases. `condition` computes everything that does not depend on the latents, once per request: the keys
+and values of every cross-attention, the time bias of every residual block at every step, the share of
+concatenated channels in the first convolution. `forward` runs one step from them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastldm import ops
+from fastldm.errors import CheckpointError
+from fastldm.models.config import per_level, read_config
+from fastldm.models.layers import (
+    Attention,
+    Conv2d,
+    Downsample,
+    GroupNorm,
+    LayerNorm,
+    Linear,
+    ResBlock,
+    Upsample,
+    from_tokens,
+    timestep_embedding,
+    to_tokens,
+)
+
+TRANSFORMER_EPS = 1e-6
+
+
+@dataclass(frozen=True)
+class UNetConfig:
+    """A UNet's shape, level by level from the largest map to the smallest."""
+
+    in_channels: int = 4
+    out_channels: int = 4
+    block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
+    layers_per_block: int = 2
+    heads: tuple[int, ...] = (8, 8, 8, 8)
+    transformer_depth: tuple[int, ...] = (1, 1, 1, 0)  # 0: no transformers on this level
+    mid_depth: int = 1
+    cross_attention_dim: int = 768
+    use_linear_projection: bool = False
+    norm_num_groups: int = 32
+    norm_eps: float = 1e-5
+    sample_size: int = 64  # side of the latents it was trained on
+
+    @property
+    def latent_channels(self) -> int:
+        """Channels of the latents, without concatenated ones (masks, masked latents)."""
+        return self.out_channels
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any], file: str = "unet/config.json") -> UNetConfig:
+        """Read the fields of a diffusers unet/config.json; CheckpointError for one that this network does
+        not have.
+        """
+        fields = {"sample_size": 64, "cross_attention_dim": 1280, **fields}
+        widths = fields.get("block_out_channels", (320, 640, 1280, 1280))
+        levels = len(widths) if isinstance(widths, list | tuple) else 0
+        down = fields.get("down_block_types", ["CrossAttnDownBlock2D"] * (levels - 1) + ["DownBlock2D"])
+        up = fields.get("up_block_types", ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * (levels - 1))
+        kinds = {"CrossAttnDownBlock2D": "CrossAttnUpBlock2D", "DownBlock2D": "UpBlock2D"}
+        if [kinds.get(kind) for kind in down] != list(up)[::-1] or len(down) != levels:
+            raise CheckpointError(
+                file, "down_block_types", f"{down} with {up} is not a UNet that fastldm knows"
+            )
+        # In these files `attention_head_dim` means the number of heads, unless `num_attention_heads` is
+        # given.
+        heads = per_level(fields, "num_attention_heads", levels, file) or per_level(
+            fields, "attention_head_dim", levels, file
+        )
+        depth = per_level(fields, "transformer_layers_per_block", levels, file) or (1,) * levels
+        fixed = {
+            "down_block_types": down,
+            "up_block_types": up,
+            "act_fn": "silu",
+            "center_input_sample": False,
+            "conv_in_kernel": 3,
+            "conv_out_kernel": 3,
+            "downsample_padding": 1,
+            "flip_sin_to_cos": True,
+            "freq_shift": 0,
+            "mid_block_scale_factor": 1,
+            "mid_block_type": "UNetMidBlock2DCrossAttn",
+            "resnet_time_scale_shift": "default",
+            "resnet_out_scale_factor": 1.0,
+            "time_embedding_type": "positional",
+            "attention_type": "default",
+        }
+        inert = {
+            *("num_attention_heads", "attention_head_dim", "transformer_layers_per_block"),  # read above
+            "upcast_attention",  # attention scores are always accumulated in float32
+            *("dropout", "addition_embed_type_num_heads"),
+        }
+        derived = ("heads", "transformer_depth", "mid_depth")
+        read = read_config(cls, fields, file, fixed=fixed, inert=inert, derived=derived)
+        return cls(
+            **read,
+            heads=heads or (8,) * levels,
+            transformer_depth=tuple(
+                d if kind == "CrossAttnDownBlock2D" else 0 for d, kind in zip(depth, down, strict=True)
+            ),
+            mid_depth=depth[-1],
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The diffusers unet/config.json of this UNet."""
+        attends = [depth > 0 for depth in self.transformer_depth]
+        depths = [depth or self.mid_depth for depth in self.transformer_depth]
+        depths[-1] = self.mid_depth
+        return {
+            "_class_name": "UNet2DConditionModel",
+            "sample_size": self.sample_size,
+            "in_channels": self.in_channels,
+            "out_channels": self.out_channels,
+            "block_out_channels": list(self.block_out_channels),
+            "layers_per_block": self.layers_per_block,
+            "down_block_types": ["CrossAttnDownBlock2D" if on else "DownBlock2D" for on in attends],
+            "up_block_types": ["CrossAttnUpBlock2D" if on else "UpBlock2D" for on in attends[::-1]],
+            "attention_head_dim": list(self.heads),
+            "transformer_layers_per_block": depths if len(set(depths)) > 1 else depths[0],
+            "cross_attention_dim": self.cross_attention_dim,
+            "use_linear_projection": self.use_linear_projection,
+            "norm_num_groups": self.norm_num_groups,
+            "norm_eps": self.norm_eps,
+        }
+
+
+@dataclass(frozen=True)
+class UNetCondition:
+    """What one request's steps share. Rows stand first: two per image when guided, the unconditional half
+    before the other.
+    """
+
+    keys: tuple[Tensor, ...]  # one per cross-attention, in forward order: [rows, heads, L, d]
+    values: tuple[Tensor, ...]
+    time_bias: Tensor  # [rows or 1, steps, sum of the residual blocks' widths]
+    context_length: Tensor | None = None  # int [rows]; None: every row is full
+    concat_bias: Tensor | None = None  # [rows, width, H, W]: the concatenated channels' share of conv_in
+
+
+class TransformerBlock(nn.Module):
+    """Self-attention, cross-attention, GEGLU feed-forward, each after a layer norm and added to its input."""
+
+    def __init__(self, width: int, heads: int, context_width: int) -> None:
+        super().__init__()
+        self.norm1 = LayerNorm(width)
+        self.attn1 = Attention(width, heads)
+        self.norm2 = LayerNorm(width)
+        self.attn2 = Attention(width, heads, context_width)
+        self.norm3 = LayerNorm(width)
+        self.ff = FeedForward(width)
+
+    def forward(
+        self, tokens: Tensor, keys_values: tuple[Tensor, Tensor], key_lengths: Tensor | None
+    ) -> Tensor:
+        tokens = self.attn1(self.norm1(tokens), residual=tokens)
+        tokens = self.attn2(self.norm2(tokens), tokens, keys_values, key_lengths)
+        return self.ff(self.norm3(tokens), residual=tokens)
+
+
+class Gate(nn.Module):
+    """h · gelu(g) of one projection to twice the width."""
+
+    def __init__(self, width_in: int, width: int) -> None:
+        super().__init__()
+        self.proj = Linear(width_in, 2 * width)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return ops.geglu(tokens, self.proj.weight, self.proj.bias)
+
+
+class FeedForward(nn.Module):
+    """Linear(gate(x)) + residual, four times as wide inside."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.net = nn.ModuleList([Gate(width, 4 * width), nn.Identity(), Linear(4 * width, width)])
+
+    def forward(self, tokens: Tensor, residual: Tensor) -> Tensor:
+        return self.net[2](self.net[0](tokens), residual)
+
+
+class Transformer(nn.Module):
+    """Group norm, projection, transformer blocks over all pixels, projection, added to the input."""
+
+    def __init__(self, width: int, heads: int, depth: int, config: UNetConfig) -> None:
+        super().__init__()
+
+        # The same product either way; checkpoints store it as a matrix or as a 1×1 convolution.
+        projection = (
+            partial(Linear, width, width)
+            if config.use_linear_projection
+            else partial(Conv2d, width, width, 1)
+        )
+        self.norm = GroupNorm(config.norm_num_groups, width, TRANSFORMER_EPS)
+        self.proj_in: Linear | Conv2d = projection()
+        self.transformer_blocks = nn.ModuleList(
+            [TransformerBlock(width, heads, config.cross_attention_dim) for _ in range(depth)]
+        )
+        self.proj_out: Linear | Conv2d = projection()
+
+    def forward(
+        self, x: Tensor, keys_values: Iterator[tuple[Tensor, Tensor]], key_lengths: Tensor | None
+    ) -> Tensor:
+        tokens = to_tokens(self.norm(x, silu=False))
+        tokens = ops.linear(tokens, self.proj_in.weight.flatten(1), self.proj_in.bias)
+        for block in self.transformer_blocks:
+            tokens = block(tokens, next(keys_values), key_lengths)
+        tokens = ops.linear(tokens, self.proj_out.weight.flatten(1), self.proj_out.bias, to_tokens(x))
+        return from_tokens(tokens, like=x)
+
+
+@dataclass
+class StepState:
+    """What the blocks take from as they run one step: time biases, keys and values in forward order, and
+    skip connections.
+    """
+
+    time_biases: Iterator[Tensor]
+    keys_values: Iterator[tuple[Tensor, Tensor]]
+    key_lengths: Tensor | None
+    skips: list[Tensor]
+
+
+class Level(nn.Module):
+    """One resolution of the way down or up: residual blocks, each with a transformer where the level
+    attends, then a resampling.
+
+    On the way down every output is kept as a skip; on the way up each residual block takes one back,
+    concatenated.
+    """
+
+    def __init__(
+        self,
+        widths_in: list[int],
+        width: int,
+        level: int,
+        config: UNetConfig,
+        resample: str | None,
+        goes_up: bool,
+    ) -> None:
+        super().__init__()
+        groups, eps, time_width = config.norm_num_groups, config.norm_eps, 4 * config.block_out_channels[0]
+        heads, depth = config.heads[level], config.transformer_depth[level]
+        self.goes_up = goes_up
+        self.resnets = nn.ModuleList([ResBlock(w, width, groups, eps, time_width) for w in widths_in])
+        self.attentions = nn.ModuleList(
+            [Transformer(width, heads, depth, config) for _ in widths_in] if depth else []
+        )
+        self.downsamplers = nn.ModuleList([Downsample(width, asymmetric=False)] if resample == "down" else [])
+        self.upsamplers = nn.ModuleList([Upsample(width)] if resample == "up" else [])
+
+    def forward(self, x: Tensor, state: StepState) -> Tensor:
+        for i, resnet in enumerate(self.resnets):
+            if self.goes_up:
+                x = torch.cat((x, state.skips.pop()), dim=1)
+            x = resnet(x, next(state.time_biases))
+            if self.attentions:
+                x = self.attentions[i](x, state.keys_values, state.key_lengths)
+            if not self.goes_up:
+                state.skips.append(x)
+        for resample in (*self.downsamplers, *self.upsamplers):
+            x = resample(x)
+            if not self.goes_up:
+                state.skips.append(x)
+        return x
+
+
+class MidBlock(nn.Module):
+    """Residual block, transformer, residual block on the smallest map."""
+
+    def __init__(self, config: UNetConfig) -> None:
+        super().__init__()
+        width, time_width = config.block_out_channels[-1], 4 * config.block_out_channels[0]
+        self.resnets = nn.ModuleList(
+            [ResBlock(width, width, config.norm_num_groups, config.norm_eps, time_width) for _ in range(2)]
+        )
+        self.attentions = nn.ModuleList([Transformer(width, config.heads[-1], config.mid_depth, config)])
+
+    def forward(self, x: Tensor, state: StepState) -> Tensor:
+        x = self.resnets[0](x, next(state.time_biases))
+        x = self.attentions[0](x, state.keys_values, state.key_lengths)
+        return self.resnets[1](x, next(state.time_biases))
+
+
+class TimeEmbedding(nn.Module):
+    """Linear(silu(linear(sinusoid))): four times the first level's width."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.linear_1 = Linear(width, 4 * width)
+        self.linear_2 = Linear(4 * width, 4 * width)
+
+    def forward(self, sinusoid: Tensor) -> Tensor:
+        return self.linear_2(nn.functional.silu(self.linear_1(sinusoid)))
+
+
+class UNet(nn.Module):
+    """Predicts noise, velocity or clean latents from noisy latents, a timestep and a context."""
+
+    def __init__(self, config: UNetConfig) -> None:
+        super().__init__()
+        self.config = config
+        widths, layers, last = (
+            config.block_out_channels,
+            config.layers_per_block,
+            len(config.block_out_channels) - 1,
+        )
+        self.conv_in = Conv2d(config.in_channels, widths[0], 3, padding=1)
+        self.time_embedding = TimeEmbedding(widths[0])
+
+        self.down_blocks = nn.ModuleList()
+        skips = [widths[0]]
+        for i, width in enumerate(widths):
+            widths_in = [skips[-1]] + [width] * (layers - 1)
+            self.down_blocks.append(
+                Level(widths_in, width, i, config, "down" if i < last else None, goes_up=False)
+            )
+            skips += [width] * (layers + (i < last))
+        self.mid_block = MidBlock(config)
+        self.up_blocks = nn.ModuleList()
+        below = widths[-1]
+        for i, width in reversed(list(enumerate(widths))):
+            widths_in = [before + skips.pop() for before in [below] + [width] * layers]
+            self.up_blocks.append(Level(widths_in, width, i, config, "up" if i > 0 else None, goes_up=True))
+            below = width
+
+        self.conv_norm_out = GroupNorm(config.norm_num_groups, widths[0], config.norm_eps)
+        self.conv_out = Conv2d(widths[0], config.out_channels, 3, padding=1)
+        # Modules register in the order in which they run, so these lists are in forward order.
+        self._time_projections = [
+            module.time_emb_proj for module in self.modules() if isinstance(module, ResBlock)
+        ]
+        self._cross_attentions = [
+            module.attn2 for module in self.modules() if isinstance(module, TransformerBlock)
+        ]
+
+    def condition(
+        self,
+        context: Tensor,
+        timesteps: Tensor,
+        concat: Tensor | None = None,
+        context_length: Tensor | None = None,
+    ) -> UNetCondition:
+        """Everything that the steps share.
+
+        context [rows, L, D]; timesteps float [steps], or [rows, steps] where rows stand at different ones;
+        concat [rows, C', H, W]: channels beside the latents (mask, masked latents); context_length int
+        [rows]: tokens of each row, None when all count.
+        """
+        keys, values = zip(
+            *(attention.keys_values(context) for attention in self._cross_attentions), strict=True
+        )
+        sinusoid = timestep_embedding(timesteps, self.config.block_out_channels[0]).to(context.dtype)
+        embedding = nn.functional.silu(self.time_embedding(sinusoid))
+        time_bias = torch.cat([projection(embedding) for projection in self._time_projections], dim=-1)
+        concat_bias = None
+        if concat is not None:
+            share = self.conv_in.weight[:, self.config.latent_channels :]
+            concat_bias = ops.conv2d(
+                concat.contiguous(memory_format=torch.channels_last), share, self.conv_in.bias, padding=1
+            )
+        return UNetCondition(
+            keys, values, time_bias if time_bias.dim() == 3 else time_bias[None], context_length, concat_bias
+        )
+
+    def forward(self, latents: Tensor, condition: UNetCondition, step: Tensor) -> Tensor:
+        """Predict from latents [rows, C, H, W] at `step` int [rows], an index into the condition's steps."""
+        rows = latents.shape[0]
+        bias = condition.time_bias.expand(rows, -1, -1)[torch.arange(rows, device=step.device), step]
+        widths = [projection.out_features for projection in self._time_projections]
+        state = StepState(
+            time_biases=iter(bias.split(widths, dim=1)),
+            keys_values=zip(condition.keys, condition.values, strict=True),
+            key_lengths=condition.context_length,
+            skips=[],
+        )
+        latents = latents.contiguous(memory_format=torch.channels_last)
+        if condition.concat_bias is None:
+            x = self.conv_in(latents)
+        else:
+            share = self.conv_in.weight[:, : self.config.latent_channels]
+            x = ops.conv2d(latents, share, None, padding=1, residual=condition.concat_bias)
+        state.skips.append(x)
+        for block in (*self.down_blocks, self.mid_block, *self.up_blocks):
+            x = block(x, state)
+        return self.conv_out(self.conv_norm_out(x))

@@ -1,0 +1,62 @@
+"""What a generate() call returns."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fastldm import images as pictures
+from fastldm.errors import InvalidArgument
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+
+@dataclass(frozen=True, eq=False)
+class Result:
+    """The images of one call, and how they came about.
+
+    images    "pil": list of PIL images; "np": float32 [n, H, W, 3] in 0…1; "pt": tensor [n, 3, H, W] in 0…1;
+              "latent": float32 tensor [n, C, h, w]
+    seeds     one an image; with it, the image alone is made again
+    timings   seconds: text, condition, denoise, decode, total
+    warnings  what was mapped, guessed or truncated
+    stopped   the callback ended it early: `images` show the clean latents as estimated then
+    """
+
+    images: Any
+    seeds: list[int]
+    timings: dict[str, float]
+    warnings: tuple[str, ...] = ()
+    stopped: bool = False
+    describe: Callable[[int], Mapping[str, Any]] | None = field(default=None, repr=False)
+
+    @property
+    def image(self) -> Any:
+        """The first image."""
+        return self.images[0]
+
+    def save(self, path: str | os.PathLike[str], *, as_grid: bool = False) -> list[Path]:
+        """Write PNG files that say how they were made: `path`, or path-0, path-1, … for several; returns
+        their paths.
+
+        Raises InvalidArgument where a file cannot be written; nothing is left half written.
+        """
+        if not isinstance(self.images, list):
+            raise InvalidArgument(
+                "output_type", type(self.images).__name__, "pil, for a result that is to be saved"
+            )
+        made: list[Mapping[str, Any] | None] = [
+            self.describe(i) if self.describe else None for i in range(len(self.images))
+        ]
+        return pictures.save_pictures(path, self.images, made, as_grid=as_grid)
+
+    def _repr_png_(self) -> bytes | None:
+        """Shown inline in a notebook."""
+        if not isinstance(self.images, list):
+            return None
+        shown: Image.Image = self.images[0] if len(self.images) == 1 else pictures.grid(self.images)
+        return pictures.encode_png(shown)

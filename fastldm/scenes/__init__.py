@@ -1,0 +1,45 @@
+"""The closed world of the shipped model: scenes, their pictures, their captions and a reader of pictures."""
+
+from fastldm.scenes.captions import caption, caption_and_facts, phrase, scene_labels
+from fastldm.scenes.check import Reading, read_object
+from fastldm.scenes.palette import (
+    COLOURS,
+    HELD_OUT_PAIRS,
+    HELD_OUT_TRIPLES,
+    IMAGE_SIZE,
+    KINDS,
+    PALETTE,
+    POSITIONS,
+    RELATIONS,
+    SIZES,
+)
+from fastldm.scenes.render import Rendered, contact_sheet, render
+from fastldm.scenes.scene import Scene, SceneObject, is_held_out, relation, sample_scene
+from fastldm.scenes.vocabulary import VOCABULARY
+
+__all__ = [
+    "COLOURS",
+    "HELD_OUT_PAIRS",
+    "HELD_OUT_TRIPLES",
+    "IMAGE_SIZE",
+    "KINDS",
+    "PALETTE",
+    "POSITIONS",
+    "RELATIONS",
+    "SIZES",
+    "VOCABULARY",
+    "Reading",
+    "Rendered",
+    "Scene",
+    "SceneObject",
+    "caption",
+    "caption_and_facts",
+    "contact_sheet",
+    "is_held_out",
+    "phrase",
+    "read_object",
+    "relation",
+    "render",
+    "sample_scene",
+    "scene_labels",
+]

@@ -1,0 +1,73 @@
+"""The closed world of the scenes: its names, its colours and what training never shows."""
+
+from __future__ import annotations
+
+IMAGE_SIZE = 128
+
+KINDS = (
+    "circle",
+    "square",
+    "triangle",
+    "star",
+    "heart",
+    "house",
+    "tree",
+    "sun",
+    "moon",
+    "cloud",
+    "boat",
+    "car",
+    "fish",
+    "flower",
+    "mushroom",
+    "balloon",
+)
+
+PALETTE: dict[str, tuple[int, int, int]] = {
+    "red": (214, 36, 44),
+    "orange": (248, 132, 24),
+    "yellow": (252, 222, 52),
+    "green": (40, 160, 72),
+    "blue": (32, 104, 226),
+    "purple": (156, 48, 176),
+    "white": (250, 250, 250),
+    "black": (20, 20, 24),
+}
+COLOURS = tuple(PALETTE)
+
+SIZES: dict[str, tuple[float, float]] = {"small": (32, 37), "medium": (48, 58), "large": (76, 88)}
+"""Pixels of the longer side of an object's box, per size word."""
+
+POSITIONS = ("left", "right", "top", "bottom", "centre")
+RELATIONS = ("left of", "right of", "above", "below")
+
+
+def _pair_is_held_out(kind: int, colour: int) -> bool:
+    """True for 13 of the 128 pairs: no kind loses more than one colour, no colour more than two kinds."""
+    return (kind + 3 * colour) % 10 == 0
+
+
+def _triple_is_held_out(first: int, axis: int, second: int) -> bool:
+    """True for 10 % of the triples of two kinds; two of one kind stand anywhere, for counting needs it."""
+    return first != second and (first + 3 * second + 5 * axis) % 10 == 0
+
+
+ALL_PAIRS = tuple((kind, colour) for kind in KINDS for colour in COLOURS)
+HELD_OUT_PAIRS = frozenset(
+    (kind, colour)
+    for k, kind in enumerate(KINDS)
+    for c, colour in enumerate(COLOURS)
+    if _pair_is_held_out(k, c)
+)
+"""(kind, colour) pairs that no training scene contains."""
+
+_INVERSE = {"left of": "right of", "above": "below"}
+HELD_OUT_TRIPLES = frozenset(
+    triple
+    for a, first in enumerate(KINDS)
+    for b, second in enumerate(KINDS)
+    for axis, (relation, inverse) in enumerate(_INVERSE.items())
+    if _triple_is_held_out(a, axis, b)
+    for triple in ((first, relation, second), (second, inverse, first))
+)
+"""(kind, relation, kind) triples that no training scene contains; closed under swapping the two objects."""

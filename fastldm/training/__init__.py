@@ -1,0 +1,1 @@
+"""Training: an autoencoder, then a text-conditioned latent diffusion model, from one configuration file."""

@@ -1,0 +1,130 @@
+"""The configuration of a training run: one TOML file, a section for each stage."""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from fastldm.errors import InvalidArgument
+from fastldm.training.fit import FitSettings
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib  # type: ignore[import-not-found,unused-ignore]
+
+
+@dataclass(frozen=True)
+class AutoencoderSection:
+    """The KL autoencoder: its shape, and its optimisation on crops, then on whole pictures at the end."""
+
+    fit: FitSettings
+    block_out_channels: tuple[int, ...]
+    latent_channels: int
+    layers_per_block: int = 1
+    norm_num_groups: int = 8
+    crop: int = 64
+    whole: float = 0.15  # last share of the steps, on whole pictures, as many pixels a batch
+    kl_weight: float = 1e-6
+    decoder: FitSettings | None = None  # a second turn for the decoder alone; the latents stay what they are
+
+
+@dataclass(frozen=True)
+class TextSection:
+    """The text encoder: its shape, and its first training to read the facts of a caption."""
+
+    fit: FitSettings
+    width: int = 128
+    layers: int = 2
+    heads: int = 4
+    length: int = 32
+
+
+@dataclass(frozen=True)
+class DiffusionSection:
+    """The latent diffusion model: its shape, and its training with L_simple on a velocity target."""
+
+    fit: FitSettings
+    block_out_channels: tuple[int, ...]
+    transformer_depth: tuple[int, ...]
+    heads: tuple[int, ...]
+    layers_per_block: int = 1
+    norm_num_groups: int = 8
+    caption_dropout: float = 0.1
+    noise_bias: float = 1.0  # t = T (1 - u^noise_bias): above 1, more of the steps see little but noise
+    pictures: int = 12_000
+    sizes: tuple[int, ...] = (1, 1, 1)  # how often an object is small, medium, large
+    centred: float = 0.0  # share of pictures whose object surely stands in the centre
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """A whole run. `folder` keeps the states to resume from; `output` is the model folder that it ends
+    with.
+    """
+
+    folder: Path
+    output: Path
+    autoencoder: AutoencoderSection
+    text: TextSection
+    diffusion: DiffusionSection
+    seed: int = 0
+    pictures: int = 20_000
+    threads: int = 2
+
+
+def read_config(file: Path) -> TrainConfig:
+    """Read a TOML file; InvalidArgument names a key that is unknown, missing or of the wrong type, with the
+    nearest known one.
+    """
+    try:
+        with open(file, "rb") as stream:
+            given = tomllib.load(stream)
+    except (OSError, tomllib.TOMLDecodeError) as error:
+        raise InvalidArgument("config", str(file), f"a readable TOML file ({error})") from None
+    made: TrainConfig = _build(TrainConfig, given, "")
+    return made
+
+
+def _build(cls: type, given: Mapping[str, Any], where: str) -> Any:
+    known = {f.name: f for f in fields(cls)}
+    for name in given:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise InvalidArgument(where + name, given[name], f"one of {', '.join(known)}{hint}")
+    values = {}
+    for name, f in known.items():
+        if name in given:
+            values[name] = _value(f.type, given[name], where + name)
+        elif f.default is MISSING:
+            raise InvalidArgument(where + name, None, f"required: {f.type}")
+    return cls(**values)
+
+
+_SECTIONS = {c.__name__: c for c in (AutoencoderSection, TextSection, DiffusionSection, FitSettings)}
+
+
+def _value(kind: Any, given: Any, name: str) -> Any:
+    kind = (kind if isinstance(kind, str) else kind.__name__).removesuffix(" | None")
+    if kind in _SECTIONS:
+        if isinstance(given, dict):
+            return _build(_SECTIONS[kind], given, name + ".")
+    elif kind == "tuple[int, ...]":
+        if isinstance(given, list) and given and all(type(item) is int and item >= 0 for item in given):
+            return tuple(given)
+    elif kind == "Path":
+        if isinstance(given, str):
+            return Path(given).expanduser()
+    elif kind == "float" and type(given) in (int, float) and 0 <= given < float("inf"):
+        return float(given)
+    elif kind == "int" and type(given) is int and given >= 0:
+        return given
+    raise InvalidArgument(name, given, f"a {kind}, not negative")
+
+
+__all__ = ["AutoencoderSection", "DiffusionSection", "TextSection", "TrainConfig", "read_config"]

@@ -1,0 +1,1 @@
+"""Triton kernels, one file for each op; import them as `fastldm.kernels`, never as `kernels`."""

@@ -1,0 +1,66 @@
+"""Fixtures and the error rule that every kernel test shares."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import settings
+from torch import Tensor
+
+# The same examples in every run, and no deadline: a loaded machine is not a failure.
+settings.register_profile("fastldm", derandomize=True, deadline=None)
+settings.load_profile("fastldm")
+
+
+class ErrorRule:
+    """A kernel's errors beside those of plain PyTorch in the same dtype, both against a float64 truth.
+
+    One result: largest error ≤ 2 × PyTorch's + 4 · eps(dtype) · max|truth| · slack, as PyTorch is exact by
+    luck on small shapes. All of a case together: RMS error ≤ 1.5 × PyTorch's, each scaled by its max|truth|.
+    """
+
+    def __init__(self) -> None:
+        self.kernel = self.torch = 0.0
+        self.count = 0
+
+    def add(
+        self, result: Tensor, plain: Tensor, truth: Tensor, slack: float = 1.0, label: object = ""
+    ) -> None:
+        """Check one result; `slack` ≥ 1 tells how much the problem itself amplifies rounding."""
+        assert result.dtype == plain.dtype and result.shape == truth.shape
+        strides = zip(result.shape, result.stride(), plain.stride(), strict=True)
+        assert all(ours == torchs for size, ours, torchs in strides if size > 1)
+        scale = truth.abs().max().item() or 1.0
+        error, allowed = (result.double() - truth).abs(), (plain.double() - truth).abs()
+        bound = 2 * allowed.max().item() + 4 * torch.finfo(result.dtype).eps * scale * slack
+        assert error.max().item() <= bound, f"{label}: error {error.max().item():.3g} above {bound:.3g}"
+        self.kernel += (error / scale).square().mean().item()
+        self.torch += (allowed / scale).square().mean().item()
+        self.count += 1
+
+    def close(self, at_least: int) -> None:
+        """Check the case as a whole, and that it had this many results."""
+        assert self.count >= at_least
+        assert self.kernel <= 1.5**2 * self.torch, (
+            f"RMS error {(self.kernel / self.torch) ** 0.5:.2f} × PyTorch's"
+        )
+
+
+@pytest.fixture
+def error_rule() -> type[ErrorRule]:
+    """One instance checks one case of one kernel."""
+    return ErrorRule
+
+
+@pytest.fixture
+def poisoned() -> Iterator[None]:
+    """Memory from torch.empty is full of NaN, so that a store a kernel leaves out is seen."""
+    before = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(before[0], warn_only=before[1])

@@ -1,0 +1,59 @@
+"""Which instruction set the C++ backend takes, and what happens where it was not built."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from fastldm.errors import BackendUnavailable, InvalidArgument
+
+cpp = pytest.importorskip("fastldm.ops.cpp", exc_type=BackendUnavailable)
+
+
+def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
+
+
+def test_a_cap_takes_the_widest_set_below_it() -> None:
+    assert cpp._C.isas()[0] == "plain" and set(cpp._C.isas()) <= set(cpp.INSTRUCTION_SETS)
+    assert cpp.choose_isa("plain") == "plain"
+    assert cpp.choose_isa(None) == cpp.choose_isa("avx512_bf16") == cpp._C.isas()[-1]
+    with pytest.raises(InvalidArgument, match="FASTLDM_CPU_ISA='sse9'"):
+        cpp.choose_isa("sse9")
+
+
+def test_the_environment_caps_the_choice() -> None:
+    assert python("from fastldm.ops import cpp; print(cpp.ISA)", FASTLDM_CPU_ISA="plain").stdout == "plain\n"
+
+
+def test_a_set_that_does_not_run_here_cannot_be_forced() -> None:
+    lacking = [isa for isa in cpp.INSTRUCTION_SETS if isa not in cpp._C.isas()]
+    with pytest.raises(ValueError, match=f"instruction set {lacking[0]} is not compiled in or does not run"):
+        cpp._C.guided_step(
+            lacking[0], *[(0, 0, 0, 0)] * 4, None, "float32", 1, 1, 1, 1, False, 0, 0, 0, 9, 0, 1
+        )
+
+
+def test_without_the_extension_the_references_serve_and_the_reason_is_told() -> None:
+    """As on a machine without a C++ compiler: automatic choice works, `cpp` by name says what to do."""
+    code = """
+import sys
+sys.modules["fastldm._C"] = None  # the import system's mark for a module that cannot be imported
+import torch
+from fastldm import ops
+x = torch.randn(1, 8, 4, 4).to(memory_format=torch.channels_last)
+arguments = x, torch.ones(8), torch.zeros(8), 4
+assert "cpp" not in ops.resolve(None)
+assert torch.equal(ops.group_norm_silu(*arguments), ops.group_norm_silu.reference(*arguments))
+try:
+    ops.resolve("cpp")
+except Exception as error:
+    print(type(error).__name__, error)
+"""
+    result = python(code)
+    assert result.stdout.startswith("BackendUnavailable cpp: the compiled extension is missing"), result
+    assert "FASTLDM_BUILD=1 pip install" in result.stdout

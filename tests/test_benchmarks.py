@@ -1,0 +1,67 @@
+"""The benchmarks' own rules: contenders take turns, none is timed whose result differs; the suite runs."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.compare import race, seconds
+
+ROOT = Path(__file__).parents[1]
+
+
+class Benchmark:
+    """Stands in for pytest-benchmark's fixture."""
+
+    def pedantic(
+        self, run: Callable[..., None], args: tuple[str], setup: Callable[[], None], rounds: int
+    ) -> None:
+        for _ in range(rounds):
+            assert setup() is None
+            run(*args)
+
+
+def test_contenders_take_turns_and_rates_follow_from_the_minimum() -> None:
+    called: list[str] = []
+
+    def contender(name: str) -> Callable[[], torch.Tensor]:
+        return lambda: called.append(name) or torch.ones(2)
+
+    contenders = {name: contender(name) for name in "abc"}
+    table = race(Benchmark(), "t", contenders, budget=1e-9, truth="c", work=3.0, unit="GB/s")
+    agreeing_and_calibrating = 2
+    assert called == ["a", "b", "c"] * agreeing_and_calibrating + ["b", "c", "a"] * 3
+    assert table.rounds == 3 and table.rows["a"].ratio == 1.0
+    assert all(row.rate == 3.0 / row.minimum and row.minimum <= row.median for row in table.rows.values())
+    assert str(table).splitlines()[2].split()[0] == "a"
+
+
+@pytest.mark.parametrize(
+    "wrong", [torch.tensor([1.0, 2.1]), torch.tensor([1.0, float("nan")])], ids=["off", "nan"]
+)
+def test_a_contender_that_differs_is_not_timed(wrong: torch.Tensor) -> None:
+    contenders = {"ours": lambda: (wrong,), "theirs": lambda: torch.tensor([1.0, 2.0]), "copy": lambda: None}
+    with pytest.raises(AssertionError, match="no timing counts.*ours"):
+        race(Benchmark(), "t", contenders, budget=0, truth="theirs", tolerance=1e-2)
+
+
+def test_seconds_have_three_digits_and_a_unit() -> None:
+    assert [seconds(s) for s in (12.345, 0.0123, 4.5e-6)] == ["12.3 s", "12.3 ms", "4.5 µs"]
+
+
+def test_the_quick_suite_runs() -> None:
+    pytest.importorskip("pytest_benchmark")
+    options = ["benchmarks", "--benchmark-only", "--quick", "-q", "-k", "import or op or unet"]
+    ran = subprocess.run(
+        [sys.executable, "-m", "pytest", *options, "-p", "no:cacheprovider"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    assert "UNet step of scenes" in ran.stdout and "import fastldm, without torch" in ran.stdout
