@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import csv
 import math
-import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastldm.checkpoint.atomic import replacing
 from fastldm.errors import CheckpointError, NonFiniteOutput
 
 
@@ -141,9 +141,8 @@ def _save(
         "optimizer": optimizer.state_dict(),
         "average": average.values,
     }
-    temporary = file.with_suffix(".tmp")
-    torch.save(state, temporary)
-    os.replace(temporary, file)
+    with replacing(file) as temporary:
+        torch.save(state, temporary)
 
 
 def _resume(file: Path, module: nn.Module, optimizer: torch.optim.Optimizer, average: Average) -> int:

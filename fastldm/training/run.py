@@ -4,7 +4,6 @@ folder.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fastldm.checkpoint import save_folder
+from fastldm.checkpoint.atomic import replacing
 from fastldm.models.vae import AutoencoderKL
 from fastldm.training.autoencoder import encode_all, psnr, train_autoencoder, train_decoder
 from fastldm.training.config import read_config
@@ -62,9 +62,9 @@ def scaled_latents(vae: AutoencoderKL, data: SceneData, cache: Path) -> tuple[Te
     The autoencoder's config takes up the scale and shift. Kept in `cache`, where a resumed run finds them.
     """
     if not cache.exists():
-        temporary = cache.with_suffix(".tmp")
-        torch.save(encode_all(vae, data), temporary)
-        os.replace(temporary, cache)
+        encoded = encode_all(vae, data)
+        with replacing(cache) as temporary:
+            torch.save(encoded, temporary)
     means, deviations = torch.load(cache, weights_only=True)
     shift, scale = float(means.mean()), 1 / float(means.std())
     vae.config = replace(vae.config, scaling_factor=scale, shift_factor=shift)
