@@ -8,7 +8,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(PIP_FLAGS)
 # Here a compiler is there, so a kernel that does not build is an error and no warning.
 export FASTLDM_BUILD ?= 1
-CSRC := $(wildcard csrc/*.* csrc/cpu/*.*)
+CSRC := $(wildcard csrc/*.* csrc/*/*.*)
 BUILD_INPUTS := pyproject.toml setup.py constraints.txt $(CSRC)
 # Two workers of one thread each: what the figures in the docs assume, and no oversubscribed cores.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup

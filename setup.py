@@ -53,8 +53,8 @@ if choice not in ("", "0", "1"):
 
 extension = Extension(
     "fastldm._C",
-    ["csrc/bindings.cpp"],
-    depends=[*glob("csrc/*.h"), *glob("csrc/cpu/*")],
+    sorted(glob("csrc/bindings/*.cpp")),
+    depends=[*glob("csrc/*.h"), *glob("csrc/*/*")],
     define_macros=[("FASTLDM_X86", None)] if X86 else [],
     extra_compile_args=[*FLAGS, "-O1"],  # nothing in the bindings is hot
     extra_link_args=OPENMP,

@@ -1,4 +1,4 @@
-"""Compiled kernels on raw pointers (csrc/bindings.cpp): integer addresses, strides in elements."""
+"""Compiled kernels on raw pointers (csrc/bindings): integer addresses, strides in elements."""
 
 Strides = tuple[int, int, int, int]  # address, then elements between slots, channels and pixels
 

@@ -55,7 +55,6 @@ class DiffusionSection:
     layers_per_block: int = 1
     norm_num_groups: int = 8
     caption_dropout: float = 0.1
-    noise_bias: float = 1.0  # t = T (1 - u^noise_bias): above 1, more of the steps see little but noise
     pictures: int = 12_000
     sizes: tuple[int, ...] = (1, 1, 1)  # how often an object is small, medium, large
     centred: float = 0.0  # share of pictures whose object surely stands in the centre

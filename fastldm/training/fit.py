@@ -90,7 +90,11 @@ def fit(
     folder.mkdir(parents=True, exist_ok=True)
     state_file = folder / f"{name}.pt"
     optimizer = torch.optim.AdamW(
-        module.parameters(), lr=settings.learning_rate, betas=(0.9, 0.99), weight_decay=settings.weight_decay
+        module.parameters(),
+        lr=settings.learning_rate,
+        betas=(0.9, 0.99),
+        weight_decay=settings.weight_decay,
+        fused=True,
     )
     average = Average(module, settings.ema_decay)
     start = _resume(state_file, module, optimizer, average)

@@ -1,0 +1,76 @@
+#include <cstring>
+#include <vector>
+
+#include "bindings.h"
+
+namespace py = pybind11;
+
+namespace fastldm {
+namespace {
+
+// rows x channels numbers as float32; `stride` elements between rows.
+std::vector<float> floats(Address address, const std::string& type, int64_t rows, int64_t channels, int64_t stride) {
+    std::vector<float> values(static_cast<size_t>(rows * channels));
+    const bool wide = parse_type(type) == Type::float32;
+    for (int64_t row = 0; row < rows; ++row)
+        for (int64_t c = 0; c < channels; ++c) {
+            float& value = values[static_cast<size_t>(row * channels + c)];
+            if (wide) {
+                value = pointer<const float>(address)[row * stride + c];
+            } else {
+                const uint32_t bits = uint32_t(pointer<const uint16_t>(address)[row * stride + c]) << 16;
+                std::memcpy(&value, &bits, sizeof value);
+            }
+        }
+    return values;
+}
+
+void group_norm_silu(const std::string& isa, Address result, Address x, const std::string& type, int64_t rows,
+                     int64_t pixels, int64_t channels, Address weight, Address bias, const std::string& affine_type,
+                     std::optional<std::tuple<Address, std::string, int64_t>> row_bias, int64_t groups, double eps,
+                     bool silu, int threads) {
+    require(rows > 0 && pixels > 0 && channels > 0, "rows, pixels and channels are positive");
+    require(groups > 0 && channels % groups == 0, "channels are a multiple of groups");
+    require(threads > 0, "threads are positive");
+    const Kernels& kernels = kernels_of(isa);
+    const Type element = parse_type(type);
+    const std::vector<float> weights = floats(weight, affine_type, 1, channels, channels);
+    const std::vector<float> biases = floats(bias, affine_type, 1, channels, channels);
+    std::vector<float> row_biases;
+    if (row_bias) {
+        const auto& [address, its_type, stride] = *row_bias;
+        row_biases = floats(address, its_type, rows, channels, stride);
+    }
+    const size_t numbers = static_cast<size_t>(rows * channels);
+    const auto blocks = static_cast<size_t>(GroupNormSilu::blocks(pixels));
+    std::vector<float> block_moments(numbers * 3 * blocks), coefficients(numbers * 3);
+    std::vector<double> channel_moments(numbers * 2);
+
+    GroupNormSilu a{};
+    a.x = pointer<const void>(x);
+    a.result = pointer<void>(result);
+    a.weight = weights.data();
+    a.bias = biases.data();
+    a.row_bias = row_bias ? row_biases.data() : nullptr;
+    a.block_moments = block_moments.data();
+    a.channel_moments = channel_moments.data();
+    a.coefficients = coefficients.data();
+    a.rows = rows, a.pixels = pixels, a.channels = channels, a.groups = groups;
+    a.eps = eps;
+    a.silu = silu;
+    a.type = element;
+    a.threads = threads;
+    kernels.group_norm_silu(a);
+}
+
+}  // namespace
+
+void bind_group_norm_silu(py::module_& module) {
+    using py::arg;
+    module.def("group_norm_silu", &group_norm_silu, py::call_guard<py::gil_scoped_release>(), arg("isa"), arg("result"),
+               arg("x"), arg("type"), arg("rows"), arg("pixels"), arg("channels"), arg("weight"), arg("bias"),
+               arg("affine_type"), arg("row_bias"), arg("groups"), arg("eps"), arg("silu"), arg("threads"),
+               "silu(group_norm(x + row_bias)) of dense channels-last memory [rows, pixels, channels].");
+}
+
+}  // namespace fastldm

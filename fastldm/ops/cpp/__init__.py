@@ -1,0 +1,11 @@
+"""The backend `cpp`: the CPU kernels of csrc/cpu, float32 and bfloat16, on the widest instruction set here.
+
+Importing this registers them, one module an op, or raises BackendUnavailable where fastldm._C is missing.
+FASTLDM_CPU_ISA caps the choice: plain, avx2, avx512 or avx512_bf16. The kernels have no backward, so the
+reference serves any call that autograd records.
+"""
+
+from fastldm.ops.cpp import group_norm_silu, guided_step
+from fastldm.ops.cpp.extension import _C, INSTRUCTION_SETS, ISA, TYPES, choose_isa
+
+__all__ = ["INSTRUCTION_SETS", "ISA", "TYPES", "_C", "choose_isa", "group_norm_silu", "guided_step"]
