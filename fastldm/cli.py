@@ -8,7 +8,9 @@ is not given is not passed.
 from __future__ import annotations
 
 import argparse
+import atexit
 import dataclasses
+import gc
 import io
 import json
 import os
@@ -26,6 +28,7 @@ Facts: TypeAlias = Mapping[str, Any]
 # What --replay takes from a file. A path in a foreign file is never followed.
 REPLAYED = "prompt negative_prompt steps sampler guidance_scale eta seed width height strength".split()
 CONFIG_HELP = "of a single file: a JSON file, a diffusers folder, v_prediction or epsilon"
+TOKENIZER_HELP = "a tokenizer folder or tokenizer.json"
 LOADING = "model device dtype config tokenizer backends".split()
 CHECKED_PATHS = 4096  # more images than this are refused by the memory limit
 
@@ -45,6 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     warnings.filterwarnings("ignore", message=".*decompression bomb")  # said by our own error
     if isinstance(sys.stdout, io.TextIOWrapper):  # a path or a prompt may be more than the terminal can show
         sys.stdout.reconfigure(errors="backslashreplace")
+    atexit.register(gc.freeze)  # the interpreter's last search for garbage, all of torch, costs half a second
     try:
         try:
             options = vars(_parser().parse_args(arguments))
@@ -256,6 +260,7 @@ def _parser() -> Parser:
     command.add_argument("source", metavar="SOURCE", help="a diffusers folder or a .safetensors file")
     command.add_argument("destination", metavar="DESTINATION", help="the other of the two")
     command.add_argument("--config", metavar="CONFIG", help=CONFIG_HELP)
+    command.add_argument("--tokenizer", metavar="PATH", help=TOKENIZER_HELP)
     command.add_argument("--overwrite", action="store_true", help="replace what is at the destination")
 
     command = commands.add_parser("doctor", help=doctor.__doc__)
@@ -274,5 +279,5 @@ def _add_loading(command: argparse.ArgumentParser) -> None:
     add("--device", metavar="NAME", help="cpu, cuda, cuda:1 (the best there is)")
     add("--dtype", metavar="NAME", help="fp32, bf16 or fp16 (the device's)")
     add("--config", metavar="CONFIG", help=CONFIG_HELP)
-    add("--tokenizer", metavar="PATH", help="a tokenizer folder or tokenizer.json")
+    add("--tokenizer", metavar="PATH", help=TOKENIZER_HELP)
     add("--backends", metavar="NAMES", help="cuda,triton,cpp in this order, or reference")

@@ -27,6 +27,9 @@ class CheckpointError(FastLDMError):
     """A model file that cannot be loaded: the file, the key at fault (None: the whole file) and why."""
 
     def __init__(self, file: str | os.PathLike[str], key: str | None, why: str) -> None:
+        why = " ".join(why.split())  # a library's message may be pages long
+        if len(why) > 1000:
+            why = why[:997] + "..."
         place = f"{os.fspath(file)}: {key}" if key else os.fspath(file)
         super().__init__(f"{place}: {why}")
         self.file, self.key, self.why = os.fspath(file), key, why

@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "fastldm"
-SOURCES = {".py", ".cpp", ".cu", ".h"}
+SOURCES = {".py", ".cpp", ".cu", ".cuh", ".h"}
 
 MODELS = {"models", "ops", "diffusion", "checks", "errors"}
 FRONT = {"arguments", "checks", "images", "result", "errors"}
@@ -26,7 +26,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "result": {"images", "checks", "errors"},
     "diffusion": {"checks", "errors"},
     "scenes": {"errors"},
-    "ops": {"_C", "errors"},
+    "ops": {"_C", "_cuda", "errors"},
     "kernels": {"ops", "errors"},
     "models": {"ops", "checks", "errors"},
     "runtime": {"ops", "errors"},

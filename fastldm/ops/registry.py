@@ -29,7 +29,7 @@ R = TypeVar("R")
 REFERENCE = "reference"
 AUTOMATIC: tuple[str, ...] = ("cuda", "triton", "cpp", REFERENCE)
 # Modules that register the stand-ins of a backend when imported.
-PROVIDERS: dict[str, str] = {"cpp": "fastldm.ops.cpp"}
+PROVIDERS: dict[str, str] = {"cuda": "fastldm.ops.cuda.register", "cpp": "fastldm.ops.cpp"}
 
 OPS: dict[str, Op[..., Any]] = {}
 

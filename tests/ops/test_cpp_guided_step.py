@@ -25,7 +25,7 @@ Case = dict[str, Any]
 
 @pytest.fixture(params=ISAS)
 def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setattr(cpp, "ISA", request.param)
+    monkeypatch.setattr(cpp.extension, "ISA", request.param)
     return request.param
 
 
@@ -117,7 +117,7 @@ def test_errors_stay_within_those_of_pytorch(
         plain, truth = outcome(guided_step.reference, case), outcome(exact, doubled(case))
         scale = outcome(exact, magnitudes(case))
         for isa, rule in rules.items():
-            monkeypatch.setattr(cpp, "ISA", isa)
+            monkeypatch.setattr(cpp.extension, "ISA", isa)
             for name, *ours in zip(MUTATED, outcome(run, case), plain, truth, scale, strict=True):
                 slack = max(1.0, (ours[3].max() / ours[2].abs().max()).item())
                 rule.add(*ours[:3], slack, (isa, index, name, tuple(case["out"].shape)))

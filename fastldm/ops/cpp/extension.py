@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 
 import torch  # before _C, which then shares torch's OpenMP runtime
-from torch import Tensor
 
 from fastldm.errors import BackendUnavailable, InvalidArgument
 
@@ -17,7 +16,7 @@ except ImportError as error:
         "`FASTLDM_BUILD=1 pip install` fastldm again, or read there why it does not build"
     ) from error
 
-__all__ = ["INSTRUCTION_SETS", "ISA", "TAGS", "TYPES", "_C", "choose_isa", "library", "need_gradients"]
+__all__ = ["INSTRUCTION_SETS", "ISA", "TAGS", "TYPES", "_C", "choose_isa", "library"]
 
 INSTRUCTION_SETS = ("plain", "avx2", "avx512", "avx512_bf16")
 TYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
@@ -37,7 +36,3 @@ ISA = choose_isa(os.environ.get("FASTLDM_CPU_ISA") or None)
 
 library = torch.library.Library("fastldm", "FRAGMENT")
 TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
-
-
-def need_gradients(*tensors: Tensor | None) -> bool:
-    return any(tensor is not None and tensor.requires_grad for tensor in tensors)
