@@ -1,0 +1,69 @@
+"""`fastldm generate --replay`: a picture made again from what its file tells, which is not trusted."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from fastldm import images
+
+
+def test_replay_makes_the_picture_again(pipe, run):
+    options = ("--steps", 9, "--seed", 2**64 - 3, "--negative", "n", "--width", 16, "--num-images", 2)
+    run("generate", "größe 🐟", *options)
+    code, out, _ = run("generate", "--replay", "out-1.png")
+    assert (code, out) == (0, "out-1-replay.png\n")
+    assert Path("out-1-replay.png").read_bytes() == Path("out-1.png").read_bytes()
+    code, _, _ = run("generate", "other", "--replay", "out-1.png", "--steps", 3, "-o", "new.png")
+    changed = images.read_metadata("new.png")["fastldm"]["arguments"]
+    assert (code, changed["prompt"], changed["steps"], changed["seed"]) == (0, "other", 3, 2**64 - 2)
+
+
+def test_replay_from_an_image_wants_the_image(pipe, run, fails):
+    Image.new("RGB", (32, 16), "red").save("in.png")
+    Image.new("RGB", (32, 16), "blue").save("other.png")
+    assert run("generate", "a", "--image", "in.png", "--strength", 0.5)[0] == 0
+    assert "image=None: allowed is --image FILE" in fails("generate", "--replay", "out.png")
+    code, _, err = run("generate", "--replay", "out.png", "--image", "in.png")
+    assert code == 0 and "not the picture used before" not in err
+    assert Path("out-replay.png").read_bytes() == Path("out.png").read_bytes()
+    code, _, err = run("generate", "--replay", "out.png", "--image", "other.png")
+    assert code == 0 and "--image is not the picture used before" in err
+
+
+def write_png(name, made):
+    Path(name).write_bytes(images.encode_png(Image.new("RGB", (8, 8)), made))
+
+
+def test_a_replayed_file_is_not_trusted(pipe, run, fails, recorded):
+    """A foreign PNG names no path to read, no Hub id to fetch and no argument beyond those we record."""
+    Image.new("RGB", (8, 8)).save("secret.png")
+    write_png("evil.png", recorded(image="secret.png", callback="x", output_type="latent"))
+    assert run("generate", "--replay", "evil.png")[0] == 0
+    assert pipe.requests[0].image is None and pipe.requests[0].output_type == "pil"
+    write_png("hub.png", recorded() | {"model": "some/repository"})
+    assert "model='some/repository': allowed is --model PATH" in fails("generate", "--replay", "hub.png")
+    write_png("junk.png", recorded(steps="many"))
+    assert "steps='many'" in fails("generate", "--replay", "junk.png")
+    write_png("latents.png", recorded(not_recorded={"latents": True}))
+    assert "made without latents=" in fails("generate", "--replay", "latents.png")
+    for model in (None, 7, ["default"]):
+        write_png("model.png", recorded() | {"model": model})
+        assert "allowed is --model PATH" in fails("generate", "--replay", "model.png")
+
+
+@pytest.mark.parametrize("width", [16.0, "16", True, None, 10**9, -8, [8]])
+def test_a_replayed_size_is_checked(pipe, run, recorded, width):
+    Image.new("RGB", (8, 8)).save("in.png")
+    write_png("odd.png", recorded(width=width, strength=0.5, not_recorded={"image": "0"}))
+    code, _, err = run("generate", "--replay", "odd.png", "--image", "in.png")
+    assert code == 0 if width is None else (code == 2 and "error: width=" in err)
+
+
+def test_replay_of_what_fastldm_did_not_make(pipe, fails):
+    Image.new("RGB", (8, 8)).save("plain.png")
+    assert "a PNG made by fastldm" in fails("generate", "--replay", "plain.png")
+    assert "a file that exists" in fails("generate", "--replay", "none.png")
+    assert pipe.loaded == []
