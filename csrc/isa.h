@@ -13,21 +13,22 @@ struct Kernels {
     bool (*runs_here)();
     void (*group_norm_silu)(const GroupNormSilu&);
     void (*guided_step)(const GuidedStep&);
+    void (*interleave)(const Interleave&);
 };
 
 // From the narrowest to the widest; the first runs everywhere.
 inline const std::vector<Kernels>& compiled() {
     static const std::vector<Kernels> all = {
-        {"plain", [] { return true; }, plain::group_norm_silu, plain::guided_step},
+        {"plain", [] { return true; }, plain::group_norm_silu, plain::guided_step, plain::interleave},
 #ifdef FASTLDM_X86
         {"avx2", [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }, avx2::group_norm_silu,
-         avx2::guided_step},
+         avx2::guided_step, avx2::interleave},
         {"avx512",
          [] {
              return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                     __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
          },
-         avx512::group_norm_silu, avx512::guided_step},
+         avx512::group_norm_silu, avx512::guided_step, avx512::interleave},
 #endif
     };
     return all;

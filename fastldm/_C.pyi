@@ -40,3 +40,12 @@ def guided_step(
     step: int,
     threads: int,
 ) -> None: ...
+def interleave(
+    isa: str,
+    result: int,
+    phases: list[int],  # four addresses
+    rows: int,
+    width: int,
+    bytes: int,
+    threads: int,
+) -> None: ...

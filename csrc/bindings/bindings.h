@@ -22,5 +22,6 @@ T* pointer(Address address) {
 
 void bind_group_norm_silu(pybind11::module_&);
 void bind_guided_step(pybind11::module_&);
+void bind_interleave(pybind11::module_&);
 
 }  // namespace fastldm

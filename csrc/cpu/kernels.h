@@ -48,10 +48,19 @@ struct GuidedStep {
     int threads;
 };
 
+// result[n, 2 h + a, 2 w + b] = phases[a][b][n, h, w] for the pixels of dense channels-last maps.
+struct Interleave {
+    const void* phases[2][2];
+    void* result;
+    int64_t rows, width, bytes;  // rows of a phase, over all its maps; pixels in a row; bytes in a pixel
+    int threads;
+};
+
 #define FASTLDM_DECLARE(isa)                    \
     namespace isa {                             \
     void group_norm_silu(const GroupNormSilu&); \
     void guided_step(const GuidedStep&);        \
+    void interleave(const Interleave&);         \
     }
 
 FASTLDM_DECLARE(plain)
