@@ -76,6 +76,20 @@ def guided_step(dtype: torch.dtype, slots: int, channels: int, side: int) -> Cal
     return Call(arguments, 5 * latents.nbytes + 2 * out.nbytes, (latents, x0, model_input))
 
 
+def geglu(dtype: torch.dtype, rows: int, tokens: int, width: int) -> Call:
+    """Nearly all of it is the product, PyTorch's own; for the rest alone see `test_geglu_gate`."""
+    fast_bfloat16(dtype)
+    x, bias = torch.randn(rows, tokens, width).to(dtype), torch.randn(8 * width).to(dtype)
+    weight = (torch.randn(8 * width, width) / width**0.5).to(dtype)
+    moved = 5 * x.nbytes + weight.nbytes
+    return Call((x, weight, bias), moved, operations=2 * x.numel() * 8 * width)
+
+
+def layer_norm(dtype: torch.dtype, rows: int, tokens: int, width: int) -> Call:
+    x, (weight, bias) = torch.randn(rows, tokens, width).to(dtype), torch.randn(2, width).to(dtype)
+    return Call((x, weight, bias), 2 * x.nbytes)
+
+
 def upsample_conv(dtype: torch.dtype, rows: int, channels: int, side: int) -> Call:
     fast_bfloat16(dtype)
     x = image(dtype, rows, channels, side, side)
@@ -96,9 +110,12 @@ def fast_bfloat16(dtype: torch.dtype) -> None:
 # Rows, channels and side; --quick takes the first.
 UNET = [(2, 1280, 8), (2, 320, 64), (2, 960, 64), (2, 640, 32), (2, 1280, 16)]  # SD1.5, a guided step
 VAE = [(1, 512, 64), (1, 512, 128), (1, 256, 256), (1, 128, 512)]  # its decoder, 512 pixels
+TOKENS = [(2, 256, 1280), (2, 1024, 640), (2, 4096, 320), (2, 256, 80)]  # SD1.5; the shipped model
 SHAPES: dict[str, tuple[Callable[..., Call], list[Shape]]] = {
     "group_norm_silu": (group_norm_silu, UNET + VAE),
     "guided_step": (guided_step, [(1, 4, 64), (8, 4, 64), (1, 16, 128)]),
+    "geglu": (geglu, TOKENS),
+    "layer_norm": (layer_norm, TOKENS),
     "upsample_conv": (
         upsample_conv,
         [(2, 1280, 8), (2, 1280, 16), (2, 640, 32), (1, 512, 64), (1, 512, 128), (1, 256, 256)],
@@ -144,4 +161,36 @@ def test_op(race: Callable[..., Table], effort: int, name: str, dtype: torch.dty
         tolerance=TOLERANCES[dtype],
         work=(operations or moved) / 1e9,
         unit="GFLOP/s" if operations else "GB/s",
+    )
+
+
+@pytest.mark.skipif("cpp" not in BACKENDS, reason="the compiled extension is missing")
+@pytest.mark.parametrize("shape", TOKENS, ids=lambda shape: "x".join(map(str, shape)))
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+def test_geglu_gate(race: Callable[..., Table], effort: int, dtype: torch.dtype, shape: Shape) -> None:
+    """What follows the product in geglu: ours in one pass, PyTorch's in two."""
+    from fastldm.ops.cpp.geglu import gate
+
+    if not effort and (dtype != torch.float32 or shape != TOKENS[0]):
+        pytest.skip("--quick takes one shape")
+    rows, tokens, width = shape
+    x = torch.randn(rows, tokens, 8 * width).to(dtype)
+
+    def unfused(x: Tensor) -> Tensor:
+        hidden, gates = x.chunk(2, dim=-1)
+        return hidden * torch.nn.functional.gelu(gates)
+
+    moved = x.nbytes + x.nbytes // 2
+    race(
+        f"geglu's gate {'x'.join(map(str, shape))}, {str(dtype)[6:]}",
+        {
+            "cpp": lambda: gate(x),
+            "chunk, gelu, mul": lambda: unfused(x),
+            "copy of as many bytes": copy(moved),
+        },
+        budget=1.0,
+        truth=unfused(x.double()),
+        tolerance=TOLERANCES[dtype],
+        work=moved / 1e9,
+        unit="GB/s",
     )

@@ -49,3 +49,22 @@ def interleave(
     bytes: int,
     threads: int,
 ) -> None: ...
+def geglu(isa: str, result: int, x: int, type: str, rows: int, channels: int, threads: int) -> None: ...
+def layer_norm(
+    isa: str,
+    result: int,
+    x: int,
+    type: str,
+    rows: int,
+    channels: int,
+    weight: int,
+    bias: int,
+    affine_type: str,
+    eps: float,
+    scale: int,
+    scale_stride: int,
+    shift: int,
+    shift_stride: int,
+    rows_a_modulation: int,
+    threads: int,
+) -> None: ...

@@ -23,5 +23,7 @@ T* pointer(Address address) {
 void bind_group_norm_silu(pybind11::module_&);
 void bind_guided_step(pybind11::module_&);
 void bind_interleave(pybind11::module_&);
+void bind_geglu(pybind11::module_&);
+void bind_layer_norm(pybind11::module_&);
 
 }  // namespace fastldm

@@ -7,4 +7,6 @@ PYBIND11_MODULE(_C, module) {
     fastldm::bind_group_norm_silu(module);
     fastldm::bind_guided_step(module);
     fastldm::bind_interleave(module);
+    fastldm::bind_geglu(module);
+    fastldm::bind_layer_norm(module);
 }
