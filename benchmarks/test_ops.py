@@ -102,6 +102,16 @@ def upsample_conv(dtype: torch.dtype, rows: int, channels: int, side: int) -> Ca
     return Call((x, weight, bias), moved, operations=2 * products)
 
 
+def conv2d(dtype: torch.dtype, rows: int, channels: int, side: int) -> Call:
+    fast_bfloat16(dtype)
+    x, residual = image(dtype, 2 * rows, channels, side, side).chunk(2)
+    bound = (1 / (9 * channels)) ** 0.5
+    with torch.inference_mode(False):
+        weight, bias = image(dtype, channels, channels, 3, 3) * bound, torch.randn(channels).to(dtype)
+    moved, products = 3 * x.nbytes + weight.nbytes, x.numel() * weight[0].numel()
+    return Call((x, weight, bias, 1, 1, residual), moved, operations=2 * products)
+
+
 def fast_bfloat16(dtype: torch.dtype) -> None:
     if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         pytest.skip("oneDNN has no bfloat16 on this CPU; PyTorch's other path takes minutes")
@@ -114,6 +124,7 @@ TOKENS = [(2, 256, 1280), (2, 1024, 640), (2, 4096, 320), (2, 256, 80)]  # SD1.5
 SHAPES: dict[str, tuple[Callable[..., Call], list[Shape]]] = {
     "group_norm_silu": (group_norm_silu, UNET + VAE),
     "guided_step": (guided_step, [(1, 4, 64), (8, 4, 64), (1, 16, 128)]),
+    "conv2d": (conv2d, [(2, 128, 8), (2, 1280, 8), (2, 1280, 16)]),
     "geglu": (geglu, TOKENS),
     "layer_norm": (layer_norm, TOKENS),
     "upsample_conv": (

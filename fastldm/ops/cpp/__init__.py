@@ -5,7 +5,16 @@ FASTLDM_CPU_ISA caps the choice: plain, avx2, avx512 or avx512_bf16. The kernels
 reference serves any call that autograd records.
 """
 
-from fastldm.ops.cpp import geglu, group_norm_silu, guided_step, layer_norm, onednn, packed, upsample_conv
+from fastldm.ops.cpp import (
+    conv2d,
+    geglu,
+    group_norm_silu,
+    guided_step,
+    layer_norm,
+    onednn,
+    packed,
+    upsample_conv,
+)
 from fastldm.ops.cpp.extension import _C, INSTRUCTION_SETS, ISA, TYPES, choose_isa
 
 __all__ = [
@@ -14,6 +23,7 @@ __all__ = [
     "TYPES",
     "_C",
     "choose_isa",
+    "conv2d",
     "geglu",
     "group_norm_silu",
     "guided_step",

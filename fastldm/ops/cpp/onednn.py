@@ -17,16 +17,20 @@ def missing(dtype: torch.dtype) -> str | None:
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator).to(dtype)
 
-    x, weight, bias = normal(1, 16, 5, 6), normal(24, 16, 3, 3), normal(24)
+    x, weight, bias, residual = normal(1, 16, 5, 6), normal(24, 16, 3, 3), normal(24), normal(1, 24, 5, 6)
     try:
-        made = convolve(x, pack_convolution(weight, 1, 1, x.shape), bias, 1, 1)
+        pack = pack_convolution(weight, 1, 1, x.shape)
+        made = [convolve(x, pack, bias, 1, 1), convolve(x, pack, bias, 1, 1, residual)]
     except (
         AttributeError,
         RuntimeError,
         TypeError,
     ) as error:  # another torch: no such operator, or another one
         return f"torch's oneDNN operators on packed weights do not serve {dtype} here ({error})"
-    if not torch.allclose(made, F.conv2d(x, weight, bias, 1, 1), rtol=0.02, atol=0.1):
+    expected = F.conv2d(x, weight, bias, 1, 1)
+    if not torch.allclose(
+        torch.stack(made), torch.stack((expected, expected + residual)), rtol=0.02, atol=0.1
+    ):
         return f"torch's oneDNN operators on packed weights give wrong results in {dtype}"
     return None
 
@@ -38,8 +42,13 @@ def pack_convolution(weight: Tensor, stride: int, padding: int, input_shape: tor
     )
 
 
-def convolve(x: Tensor, pack: Tensor, bias: Tensor | None, stride: int, padding: int) -> Tensor:
-    """F.conv2d(x, weight, bias, stride, padding) with the weight packed."""
-    return torch.ops.mkldnn._convolution_pointwise(
-        x, pack, bias, [padding] * 2, [stride] * 2, [1, 1], 1, "none", [], ""
+def convolve(
+    x: Tensor, pack: Tensor, bias: Tensor | None, stride: int, padding: int, residual: Tensor | None = None
+) -> Tensor:
+    """F.conv2d(x, weight, bias, stride, padding) + residual with the weight packed."""
+    sizes = [padding] * 2, [stride] * 2, [1, 1], 1
+    if residual is None:
+        return torch.ops.mkldnn._convolution_pointwise.default(x, pack, bias, *sizes, "none", [], "")
+    return torch.ops.mkldnn._convolution_pointwise.binary(
+        x, residual, pack, bias, *sizes, "add", None, None, [], None
     )
