@@ -1,4 +1,6 @@
-"""Ops with a compiled stand-in at the models' shapes: it, the reference, that compiled, and a plain copy."""
+"""Ops with a compiled stand-in at the models' shapes: it, the reference, that compiled, and a plain copy for
+those that memory bounds.
+"""
 
 from __future__ import annotations
 
@@ -20,11 +22,15 @@ TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 2**-7}
 
 @dataclass(frozen=True)
 class Call:
-    """Arguments of an op, the bytes that it has to read and write, and the arguments that it changes."""
+    """Arguments of an op, the bytes that it has to read and write, and the arguments that it changes.
+
+    operations: those of the reference, 2 a multiply-add, where they and not memory bound the op.
+    """
 
     arguments: tuple[Any, ...]
     moved: int
     changed: tuple[Tensor, ...] = ()
+    operations: int = 0
 
     def of(self, function: Callable[..., Tensor | None]) -> Callable[[], Result]:
         """The call of this implementation, giving what it returns or changes."""
@@ -70,12 +76,61 @@ def guided_step(dtype: torch.dtype, slots: int, channels: int, side: int) -> Cal
     return Call(arguments, 5 * latents.nbytes + 2 * out.nbytes, (latents, x0, model_input))
 
 
+def geglu(dtype: torch.dtype, rows: int, tokens: int, width: int) -> Call:
+    """Nearly all of it is the product, PyTorch's own; for the rest alone see `test_geglu_gate`."""
+    fast_bfloat16(dtype)
+    x, bias = torch.randn(rows, tokens, width).to(dtype), torch.randn(8 * width).to(dtype)
+    weight = (torch.randn(8 * width, width) / width**0.5).to(dtype)
+    moved = 5 * x.nbytes + weight.nbytes
+    return Call((x, weight, bias), moved, operations=2 * x.numel() * 8 * width)
+
+
+def layer_norm(dtype: torch.dtype, rows: int, tokens: int, width: int) -> Call:
+    x, (weight, bias) = torch.randn(rows, tokens, width).to(dtype), torch.randn(2, width).to(dtype)
+    return Call((x, weight, bias), 2 * x.nbytes)
+
+
+def upsample_conv(dtype: torch.dtype, rows: int, channels: int, side: int) -> Call:
+    fast_bfloat16(dtype)
+    x = image(dtype, rows, channels, side, side)
+    bound = (1 / (9 * channels)) ** 0.5
+    with torch.inference_mode(
+        False
+    ):  # as a model's: changes of a weight made in inference mode are not counted
+        weight, bias = image(dtype, channels, channels, 3, 3) * bound, torch.randn(channels).to(dtype)
+    moved, products = 5 * x.nbytes + weight.nbytes, 4 * x.numel() * weight[0].numel()
+    return Call((x, weight, bias), moved, operations=2 * products)
+
+
+def conv2d(dtype: torch.dtype, rows: int, channels: int, side: int) -> Call:
+    fast_bfloat16(dtype)
+    x, residual = image(dtype, 2 * rows, channels, side, side).chunk(2)
+    bound = (1 / (9 * channels)) ** 0.5
+    with torch.inference_mode(False):
+        weight, bias = image(dtype, channels, channels, 3, 3) * bound, torch.randn(channels).to(dtype)
+    moved, products = 3 * x.nbytes + weight.nbytes, x.numel() * weight[0].numel()
+    return Call((x, weight, bias, 1, 1, residual), moved, operations=2 * products)
+
+
+def fast_bfloat16(dtype: torch.dtype) -> None:
+    if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        pytest.skip("oneDNN has no bfloat16 on this CPU; PyTorch's other path takes minutes")
+
+
 # Rows, channels and side; --quick takes the first.
 UNET = [(2, 1280, 8), (2, 320, 64), (2, 960, 64), (2, 640, 32), (2, 1280, 16)]  # SD1.5, a guided step
 VAE = [(1, 512, 64), (1, 512, 128), (1, 256, 256), (1, 128, 512)]  # its decoder, 512 pixels
+TOKENS = [(2, 256, 1280), (2, 1024, 640), (2, 4096, 320), (2, 256, 80)]  # SD1.5; the shipped model
 SHAPES: dict[str, tuple[Callable[..., Call], list[Shape]]] = {
     "group_norm_silu": (group_norm_silu, UNET + VAE),
     "guided_step": (guided_step, [(1, 4, 64), (8, 4, 64), (1, 16, 128)]),
+    "conv2d": (conv2d, [(2, 128, 8), (2, 1280, 8), (2, 1280, 16)]),
+    "geglu": (geglu, TOKENS),
+    "layer_norm": (layer_norm, TOKENS),
+    "upsample_conv": (
+        upsample_conv,
+        [(2, 1280, 8), (2, 1280, 16), (2, 640, 32), (1, 512, 64), (1, 512, 128), (1, 256, 256)],
+    ),
 }
 BACKENDS = [backend for backend in ops.resolve(None) if backend != "reference"]
 CASES = [
@@ -97,21 +152,55 @@ def test_op(race: Callable[..., Table], effort: int, name: str, dtype: torch.dty
         torch.manual_seed(3)
         return make(dtype, *shape)
 
-    op, moved = ops.OPS[name], call().moved
+    op, moved, operations = ops.OPS[name], call().moved, call().operations
     contenders: dict[str, Callable[[], object]] = {}
     for backend in BACKENDS:
         if backend in op.stand_ins:
             assert (why := op.stand_ins[backend].refuses(*call().arguments)) is None, why
             contenders[backend] = call().of(op.stand_ins[backend].run)
     contenders["reference"] = call().of(op.reference)
-    if effort:
+    if effort > bool(operations):  # with --full alone where a call takes seconds
         contenders["reference, torch.compile"] = call().of(compiled(op.reference))
-    contenders["copy of as many bytes"] = copy(moved)
+    if not operations:
+        contenders["copy of as many bytes"] = copy(moved)
     race(
         f"{name} {'x'.join(map(str, shape))}, {str(dtype)[6:]}",
         contenders,
         budget=1.5,
-        truth=call().in_float64().of(op.reference)(),
+        # A convolution in float64 takes minutes; tests/ops hold the ops to it at small sizes.
+        truth="reference" if operations else call().in_float64().of(op.reference)(),
+        tolerance=TOLERANCES[dtype],
+        work=(operations or moved) / 1e9,
+        unit="GFLOP/s" if operations else "GB/s",
+    )
+
+
+@pytest.mark.skipif("cpp" not in BACKENDS, reason="the compiled extension is missing")
+@pytest.mark.parametrize("shape", TOKENS, ids=lambda shape: "x".join(map(str, shape)))
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+def test_geglu_gate(race: Callable[..., Table], effort: int, dtype: torch.dtype, shape: Shape) -> None:
+    """What follows the product in geglu: ours in one pass, PyTorch's in two."""
+    from fastldm.ops.cpp.geglu import gate
+
+    if not effort and (dtype != torch.float32 or shape != TOKENS[0]):
+        pytest.skip("--quick takes one shape")
+    rows, tokens, width = shape
+    x = torch.randn(rows, tokens, 8 * width).to(dtype)
+
+    def unfused(x: Tensor) -> Tensor:
+        hidden, gates = x.chunk(2, dim=-1)
+        return hidden * torch.nn.functional.gelu(gates)
+
+    moved = x.nbytes + x.nbytes // 2
+    race(
+        f"geglu's gate {'x'.join(map(str, shape))}, {str(dtype)[6:]}",
+        {
+            "cpp": lambda: gate(x),
+            "chunk, gelu, mul": lambda: unfused(x),
+            "copy of as many bytes": copy(moved),
+        },
+        budget=1.0,
+        truth=unfused(x.double()),
         tolerance=TOLERANCES[dtype],
         work=moved / 1e9,
         unit="GB/s",

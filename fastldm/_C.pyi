@@ -40,3 +40,31 @@ def guided_step(
     step: int,
     threads: int,
 ) -> None: ...
+def interleave(
+    isa: str,
+    result: int,
+    phases: list[int],  # four addresses
+    rows: int,
+    width: int,
+    bytes: int,
+    threads: int,
+) -> None: ...
+def geglu(isa: str, result: int, x: int, type: str, rows: int, channels: int, threads: int) -> None: ...
+def layer_norm(
+    isa: str,
+    result: int,
+    x: int,
+    type: str,
+    rows: int,
+    channels: int,
+    weight: int,
+    bias: int,
+    affine_type: str,
+    eps: float,
+    scale: int,
+    scale_stride: int,
+    shift: int,
+    shift_stride: int,
+    rows_a_modulation: int,
+    threads: int,
+) -> None: ...

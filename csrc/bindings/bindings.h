@@ -22,5 +22,8 @@ T* pointer(Address address) {
 
 void bind_group_norm_silu(pybind11::module_&);
 void bind_guided_step(pybind11::module_&);
+void bind_interleave(pybind11::module_&);
+void bind_geglu(pybind11::module_&);
+void bind_layer_norm(pybind11::module_&);
 
 }  // namespace fastldm

@@ -48,10 +48,46 @@ struct GuidedStep {
     int threads;
 };
 
+// result[n, 2 h + a, 2 w + b] = phases[a][b][n, h, w] for the pixels of dense channels-last maps.
+struct Interleave {
+    const void* phases[2][2];
+    void* result;
+    int64_t rows, width, bytes;  // rows of a phase, over all its maps; pixels in a row; bytes in a pixel
+    int threads;
+};
+
+// h gelu(g) of dense rows [h, g].
+struct Geglu {
+    const void* x;  // [rows, 2 channels]
+    void* result;   // [rows, channels]
+    int64_t rows, channels;
+    Type type;
+    int threads;
+};
+
+// (layer_norm(x) weight + bias) (1 + scale) + shift of dense rows [rows, channels].
+struct LayerNorm {
+    const void* x;
+    void* result;
+    const void* weight;                  // [channels] of affine_type, or null
+    const void* bias;                    // alike
+    const void* scale;                   // [rows / rows_a_modulation, channels] of x's type, or null
+    const void* shift;                   // alike
+    int64_t scale_stride, shift_stride;  // elements between their rows
+    int64_t rows_a_modulation;           // so many neighbouring rows share one
+    int64_t rows, channels;
+    double eps;
+    Type type, affine_type;  // float32 x has float32 weight and bias
+    int threads;
+};
+
 #define FASTLDM_DECLARE(isa)                    \
     namespace isa {                             \
     void group_norm_silu(const GroupNormSilu&); \
     void guided_step(const GuidedStep&);        \
+    void interleave(const Interleave&);         \
+    void geglu(const Geglu&);                   \
+    void layer_norm(const LayerNorm&);          \
     }
 
 FASTLDM_DECLARE(plain)

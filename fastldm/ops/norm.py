@@ -30,9 +30,23 @@ def group_norm_silu(
 
 
 @op
-def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
-    """Layer norm over the last axis; x [..., C]; weight, bias [C]. (Ba et al. 2016, arXiv:1607.06450)"""
-    return F.layer_norm(x, (x.shape[-1],), weight, bias, eps)
+def layer_norm(
+    x: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+) -> Tensor:
+    """layer_norm(x) · (1 + scale) + shift over the last axis; the modulation is that of DiT's adaptive norm.
+
+    x [..., C]; weight, bias [C]; scale, shift [N, C], for which x is [N, L, C].
+    (Ba et al. 2016, arXiv:1607.06450; Peebles & Xie 2022, arXiv:2212.09748)
+    """
+    x = F.layer_norm(x, (x.shape[-1],), weight, bias, eps)
+    if scale is not None:
+        x = x * (1 + scale[:, None])
+    return x if shift is None else x + shift[:, None]
 
 
 __all__ = ["group_norm_silu", "layer_norm"]

@@ -5,7 +5,17 @@ FASTLDM_CPU_ISA caps the choice: plain, avx2, avx512 or avx512_bf16. The kernels
 reference serves any call that autograd records.
 """
 
-from fastldm.ops.cpp import extension, group_norm_silu, guided_step
+from fastldm.ops.cpp import (
+    conv2d,
+    extension,
+    geglu,
+    group_norm_silu,
+    guided_step,
+    layer_norm,
+    onednn,
+    packed,
+    upsample_conv,
+)
 from fastldm.ops.cpp.extension import _C, INSTRUCTION_SETS, ISA, TYPES, choose_isa
 
 __all__ = [
@@ -14,7 +24,13 @@ __all__ = [
     "TYPES",
     "_C",
     "choose_isa",
+    "conv2d",
     "extension",
+    "geglu",
     "group_norm_silu",
     "guided_step",
+    "layer_norm",
+    "onednn",
+    "packed",
+    "upsample_conv",
 ]
