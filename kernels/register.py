@@ -7,6 +7,6 @@ try:
 except ImportError as error:
     raise BackendUnavailable(f"triton cannot be imported ({error})") from error
 
-from fastldm.kernels import guided_step
+from fastldm.kernels import attention, group_norm_silu, guided_step
 
-__all__ = ["guided_step"]
+__all__ = ["attention", "group_norm_silu", "guided_step"]

@@ -6,6 +6,8 @@ architecture without spilling (STACK is 0), within the shared memory of one prog
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import re
 import subprocess
 from collections.abc import Callable, Iterator
@@ -20,7 +22,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
-from fastldm.kernels import guided_step
+from fastldm.kernels import attention, group_norm_silu, guided_step
 
 # Bytes of shared memory that one program may have. (CUDA C++ programming guide, compute capabilities)
 SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
@@ -98,12 +100,42 @@ def step(dtype: torch.dtype, slots: int, mixed: bool) -> list[Launch]:
     return record(guided_step, latents, x0, *images, noise, table, at)
 
 
+def norm(dtype: torch.dtype, rows: int, channels: int, side: int, biased: bool = False) -> list[Launch]:
+    x, row_bias = empty(rows, channels, side, side, dtype=dtype), empty(rows, channels, dtype=dtype)
+    weight = bias = empty(channels, dtype=dtype)
+    return record(group_norm_silu, x, weight, bias, 32, row_bias=row_bias if biased else None)
+
+
+def heads(dtype: torch.dtype, head_dim: int, keys: int, queries: int = 4096, **named: Any) -> list[Launch]:
+    """The queries, keys and values of two rows with 8 heads, each a part of what one projection made."""
+    q = empty(2, queries, 3, 8, head_dim, dtype=dtype)[:, :, 0].transpose(1, 2)
+    k, v = (empty(2, keys, 3, 8, head_dim, dtype=dtype)[:, :, i].transpose(1, 2) for i in (1, 2))
+    return record(attention, q, k, v, **named)
+
+
+# Rows, channels and side of SD1.5's UNet in a guided step, and of the decoder at 512 pixels.
+UNET = [(2, 1280, 8), (2, 1280, 16), (2, 640, 32), (2, 320, 64), (2, 960, 64)]
+DECODER = [(1, 512, 64), (1, 512, 128), (1, 256, 256), (1, 128, 512)]
+HALF = torch.bfloat16
+
+
 def variants() -> Iterator[Any]:
     """Name, launches, and whether `make test` compiles them, or only `make test-long`."""
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+    for dtype in (HALF, torch.float16, torch.float32):
+        kind = str(dtype)[6:]
         for mixed in (False, True):
-            name = f"guided_step-{str(dtype)[6:]}-{'mixed' if mixed else 'alike'}"
-            yield name, step(dtype, 8, mixed), dtype == torch.bfloat16
+            name = f"guided_step-{kind}-{'mixed' if mixed else 'alike'}"
+            yield name, step(dtype, 8, mixed), dtype == HALF and not mixed
+        for shape in UNET + DECODER:
+            name = f"group_norm_silu-{kind}-{'x'.join(map(str, shape))}"
+            yield name, norm(dtype, *shape, biased=shape in UNET), dtype == HALF and shape in UNET[1:4:2]
+        for head_dim in (*attention.PIECES, attention.WIDE) if dtype in attention.SERVED else ():
+            short = dtype == HALF and head_dim in (40, 160, attention.WIDE)
+            yield f"attention-{kind}-{head_dim}", heads(dtype, head_dim, 4096), short
+            if head_dim != attention.WIDE:
+                yield f"attention-{kind}-{head_dim}-77", heads(dtype, head_dim, 77), short and head_dim == 40
+    causal = heads(torch.float16, 64, 1024, 1024, causal=True, key_lengths=empty(2, dtype=torch.int64))
+    yield "attention-float16-64-causal-lengths", causal, False
 
 
 VARIANTS = [
@@ -148,3 +180,33 @@ def test_guided_step_counts_slots_in_64_bits() -> None:
     ttir = launch.compile(90).asm["ttir"]
     products = re.findall(r"arith\.muli .* : (\S+)", ttir)
     assert products and set(products) <= {"i64", "tensor<512xi64>"}
+
+
+def test_group_norm_fills_the_chip_and_moves_16_bytes_at_a_time() -> None:
+    """An H200 has 132 multiprocessors; one program a row and group would be 64 at two rows."""
+    for shape in UNET[2:] + DECODER:
+        launches = norm(HALF, *shape)
+        assert [launch.kernel.__name__ for launch in launches] == ["moments_kernel", "apply_kernel"], shape
+        assert all(math.prod(launch.grid) >= 2 * 132 for launch in launches), shape
+    for launch in norm(HALF, *UNET[3]):
+        ptx = launch.compile(90).asm["ptx"]
+        assert re.search(r"ld\.global\.v4\.b32", ptx) and not re.search(r"ld\.global\.b16", ptx)
+
+
+def test_attention_copies_16_bytes_at_a_time_from_a_strided_view() -> None:
+    (launch,) = heads(HALF, 40, 4096)
+    ptx = launch.compile(90).asm["ptx"]
+    sizes = set(re.findall(r"cp\.async\S* \[[^]]*\], \[[^]]*\], (0x)?(\w+)", ptx))
+    assert {int(size, 16) for _, size in sizes} == {16}
+    assert "wgmma" in ptx and "ex2" in ptx
+
+
+@pytest.mark.parametrize("keys", [77, 4096])
+def test_attention_counts_rows_and_tokens_in_64_bits(keys: int) -> None:
+    """Strides of 2³¹ elements reach the kernel as 64-bit numbers; products with a row are wide without."""
+    (launch,) = heads(HALF, 64, keys)
+    near = launch.compile(90).asm["ttir"]
+    scalars = set(re.findall(r"arith\.muli .* : (i\d+)", near))
+    assert "i64" in scalars
+    far = dataclasses.replace(launch, arguments={**launch.arguments, "k_row": 2**31, "k_token": 2**31})
+    assert "%k_token: i64" in (ttir := far.compile(90).asm["ttir"]) and "%k_row: i64" in ttir
