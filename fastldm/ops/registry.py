@@ -29,7 +29,11 @@ R = TypeVar("R")
 REFERENCE = "reference"
 AUTOMATIC: tuple[str, ...] = ("cuda", "triton", "cpp", REFERENCE)
 # Modules that register the stand-ins of a backend when imported.
-PROVIDERS: dict[str, str] = {"cuda": "fastldm.ops.cuda.register", "cpp": "fastldm.ops.cpp"}
+PROVIDERS: dict[str, str] = {
+    "cuda": "fastldm.ops.cuda.register",
+    "triton": "fastldm.kernels.register",
+    "cpp": "fastldm.ops.cpp",
+}
 
 OPS: dict[str, Op[..., Any]] = {}
 
@@ -94,7 +98,8 @@ def missing(backend: str) -> str | None:
         return f"unknown backend; known are {', '.join(AUTOMATIC)}"
     if backend not in PROVIDERS:
         return "this build of fastldm has no kernels for it"
-    if backend in ("cuda", "triton") and not torch.cuda.is_available():
+    interpreted = backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
+    if backend in ("cuda", "triton") and not interpreted and not torch.cuda.is_available():
         return "no CUDA device"
     try:
         importlib.import_module(PROVIDERS[backend])

@@ -1,0 +1,51 @@
+"""What a process can check: interpreted/ needs TRITON_INTERPRET=1, under which nothing can be compiled."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+collect_ignore = ["test_triton_compiled.py", "test_triton_processes.py"] if INTERPRETED else ["interpreted"]
+
+
+class Guarded:
+    """Tensors cut out of larger memory, to see what a kernel writes outside them."""
+
+    CANARY, MARGIN = 77.0, 61
+
+    def __init__(self) -> None:
+        self.memory: list[Tensor] = []
+
+    def cut(self, tensor: Tensor) -> Tensor:
+        """A copy with the same strides between two canaries."""
+        span = (
+            sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)) + 1
+        )
+        memory = torch.full((span + 2 * self.MARGIN,), self.CANARY, dtype=tensor.dtype)
+        self.memory.append(memory)
+        return memory.as_strided(tensor.shape, tensor.stride(), self.MARGIN).copy_(tensor)
+
+    def check(self) -> None:
+        for memory in self.memory:
+            assert (memory[: self.MARGIN] == self.CANARY).all() and (
+                memory[-self.MARGIN :] == self.CANARY
+            ).all()
+
+
+@pytest.fixture
+def guarded() -> type[Guarded]:
+    """One instance watches one call."""
+    return Guarded
+
+
+@pytest.fixture(params=[40, pytest.param(200, marks=pytest.mark.long)], ids="{} shapes".format)
+def shapes(request: Any) -> int:
+    """How many shapes the test of an op's errors draws."""
+    return request.param

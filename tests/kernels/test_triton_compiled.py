@@ -1,0 +1,212 @@
+"""The launches of the Triton kernels at the models' shapes, compiled ahead of time for GPUs not here.
+
+A launch is recorded from the stand-in itself, on tensors without memory; it must compile for each
+architecture without spilling (STACK is 0), within the shared memory of one program. `-rP` prints the figures.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+import subprocess
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, CompiledKernel
+
+from fastldm.kernels import attention, group_norm_silu, guided_step
+
+# Bytes of shared memory that one program may have. (CUDA C++ programming guide, compute capabilities)
+SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+TYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int64: "*i64"}
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What Triton's JIT would be asked for."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]
+    options: dict[str, int]
+
+    def compile(self, architecture: int) -> CompiledKernel:
+        """With the specialisation of the JIT: integers that are 1 or multiples of 16, aligned pointers."""
+        signature, constants, attributes = {}, {}, {}
+        for index, parameter in enumerate(self.kernel.params):
+            value = self.arguments[parameter.name]
+            if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
+                signature[parameter.name], constants[index,] = "constexpr", value
+                continue
+            if isinstance(value, Tensor):
+                signature[parameter.name] = TYPES[value.dtype]
+            elif isinstance(value, float):
+                signature[parameter.name] = "fp32"
+            else:
+                signature[parameter.name] = "i32" if abs(value) < 2**31 else "i64"
+            if isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0):
+                attributes[index,] = [["tt.divisibility", 16]]
+        return triton.compile(
+            ASTSource(self.kernel, signature, constants, attributes),
+            target=GPUTarget("cuda", architecture, 32),
+            options={**self.options, "enable_fp_fusion": True},
+        )
+
+
+class Recorder:
+    """Stands in for a kernel: `recorder[grid](…)` keeps the launch."""
+
+    def __init__(self, kernel: Any, launches: list[Launch]) -> None:
+        self.kernel, self.launches = kernel, launches
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        def launch(*positional: Any, **named: Any) -> None:
+            options = {name: named.pop(name) for name in ("num_warps", "num_stages") if name in named}
+            arguments = dict(zip(self.kernel.arg_names, positional, strict=False)) | named
+            assert set(arguments) == set(self.kernel.arg_names)
+            self.launches.append(Launch(self.kernel, grid, arguments, options))
+
+        return launch
+
+
+def record(module: Any, *arguments: Any, **named: Any) -> list[Launch]:
+    """The launches that the module's stand-in makes for these arguments."""
+    launches: list[Launch] = []
+    with pytest.MonkeyPatch.context() as patch:
+        for name in [name for name in vars(module) if name.endswith("_kernel")]:
+            patch.setattr(module, name, Recorder(getattr(module, name), launches))
+        module._run(*arguments, **named)
+    return launches
+
+
+def empty(*shape: int, dtype: torch.dtype = torch.bfloat16, nhwc: bool = True) -> Tensor:
+    layout = torch.channels_last if nhwc and len(shape) == 4 else torch.contiguous_format
+    return torch.empty(shape, dtype=dtype, device="meta", memory_format=layout)
+
+
+def step(dtype: torch.dtype, slots: int, mixed: bool) -> list[Launch]:
+    latents, x0, noise = (empty(slots, 4, 64, 64, dtype=torch.float32, nhwc=False) for _ in range(3))
+    images = (empty(2 * slots, 4, 64, 64, dtype=dtype, nhwc=mixed) for _ in range(2))
+    table, at = empty(slots, 26, 9, dtype=torch.float32), empty(slots, dtype=torch.int64)
+    return record(guided_step, latents, x0, *images, noise, table, at)
+
+
+def norm(dtype: torch.dtype, rows: int, channels: int, side: int, biased: bool = False) -> list[Launch]:
+    x, row_bias = empty(rows, channels, side, side, dtype=dtype), empty(rows, channels, dtype=dtype)
+    weight = bias = empty(channels, dtype=dtype)
+    return record(group_norm_silu, x, weight, bias, 32, row_bias=row_bias if biased else None)
+
+
+def heads(dtype: torch.dtype, head_dim: int, keys: int, queries: int = 4096, **named: Any) -> list[Launch]:
+    """The queries, keys and values of two rows with 8 heads, each a part of what one projection made."""
+    q = empty(2, queries, 3, 8, head_dim, dtype=dtype)[:, :, 0].transpose(1, 2)
+    k, v = (empty(2, keys, 3, 8, head_dim, dtype=dtype)[:, :, i].transpose(1, 2) for i in (1, 2))
+    return record(attention, q, k, v, **named)
+
+
+# Rows, channels and side of SD1.5's UNet in a guided step, and of the decoder at 512 pixels.
+UNET = [(2, 1280, 8), (2, 1280, 16), (2, 640, 32), (2, 320, 64), (2, 960, 64)]
+DECODER = [(1, 512, 64), (1, 512, 128), (1, 256, 256), (1, 128, 512)]
+HALF = torch.bfloat16
+
+
+def variants() -> Iterator[Any]:
+    """Name, launches, and whether `make test` compiles them, or only `make test-long`."""
+    for dtype in (HALF, torch.float16, torch.float32):
+        kind = str(dtype)[6:]
+        for mixed in (False, True):
+            name = f"guided_step-{kind}-{'mixed' if mixed else 'alike'}"
+            yield name, step(dtype, 8, mixed), dtype == HALF and not mixed
+        for shape in UNET + DECODER:
+            name = f"group_norm_silu-{kind}-{'x'.join(map(str, shape))}"
+            yield name, norm(dtype, *shape, biased=shape in UNET), dtype == HALF and shape in UNET[1:4:2]
+        for head_dim in (*attention.PIECES, attention.WIDE) if dtype in attention.SERVED else ():
+            short = dtype == HALF and head_dim in (40, 160, attention.WIDE)
+            yield f"attention-{kind}-{head_dim}", heads(dtype, head_dim, 4096), short
+            if head_dim != attention.WIDE:
+                yield f"attention-{kind}-{head_dim}-77", heads(dtype, head_dim, 77), short and head_dim == 40
+    causal = heads(torch.float16, 64, 1024, 1024, causal=True, key_lengths=empty(2, dtype=torch.int64))
+    yield "attention-float16-64-causal-lengths", causal, False
+
+
+VARIANTS = [
+    pytest.param(launch, id=f"{name}-{launch.kernel.__name__}", marks=[] if short else [pytest.mark.long])
+    for name, launches, short in variants()
+    for launch in launches
+]
+
+
+def usage(kernel: CompiledKernel, folder: Path) -> dict[str, int]:
+    """Registers, bytes of stack and of static shared memory, as the machine code states them."""
+    cubin = folder / "kernel.cubin"
+    cubin.write_bytes(kernel.asm["cubin"])
+    dump = subprocess.run(
+        [CUOBJDUMP, "--dump-resource-usage", cubin], capture_output=True, text=True, check=True
+    )
+    return {name: int(value) for name, value in re.findall(r"\b(REG|STACK|SHARED):(\d+)", dump.stdout)}
+
+
+@pytest.mark.parametrize("architecture", SHARED)
+@pytest.mark.parametrize("launch", VARIANTS)
+def test_no_spill_and_no_more_memory_than_there_is(launch: Launch, architecture: int, tmp_path: Path) -> None:
+    kernel = launch.compile(architecture)
+    used = usage(kernel, tmp_path)
+    print(
+        f"sm_{architecture}: {used['REG']} registers, stack {used['STACK']}, {kernel.metadata.shared} bytes"
+    )
+    assert used["STACK"] == 0 and used["REG"] <= 255
+    assert kernel.metadata.shared + used["SHARED"] <= SHARED[architecture]
+
+
+def test_guided_step_is_one_launch_and_moves_16_bytes_at_a_time() -> None:
+    (launch,) = step(torch.bfloat16, 8, mixed=False)
+    ptx = launch.compile(90).asm["ptx"]
+    assert launch.grid == (32, 8)
+    assert ptx.count("ld.global.v4.b32") == 3 and ptx.count("st.global.v4.b32") == 2
+
+
+def test_guided_step_counts_slots_in_64_bits() -> None:
+    """As does the reference where 2³¹ elements and more are in one batch."""
+    (launch,) = step(torch.bfloat16, 2**18, mixed=False)
+    ttir = launch.compile(90).asm["ttir"]
+    products = re.findall(r"arith\.muli .* : (\S+)", ttir)
+    assert products and set(products) <= {"i64", "tensor<512xi64>"}
+
+
+def test_group_norm_fills_the_chip_and_moves_16_bytes_at_a_time() -> None:
+    """An H200 has 132 multiprocessors; one program a row and group would be 64 at two rows."""
+    for shape in UNET[2:] + DECODER:
+        launches = norm(HALF, *shape)
+        assert [launch.kernel.__name__ for launch in launches] == ["moments_kernel", "apply_kernel"], shape
+        assert all(math.prod(launch.grid) >= 2 * 132 for launch in launches), shape
+    for launch in norm(HALF, *UNET[3]):
+        ptx = launch.compile(90).asm["ptx"]
+        assert re.search(r"ld\.global\.v4\.b32", ptx) and not re.search(r"ld\.global\.b16", ptx)
+
+
+def test_attention_copies_16_bytes_at_a_time_from_a_strided_view() -> None:
+    (launch,) = heads(HALF, 40, 4096)
+    ptx = launch.compile(90).asm["ptx"]
+    sizes = set(re.findall(r"cp\.async\S* \[[^]]*\], \[[^]]*\], (0x)?(\w+)", ptx))
+    assert {int(size, 16) for _, size in sizes} == {16}
+    assert "wgmma" in ptx and "ex2" in ptx
+
+
+@pytest.mark.parametrize("keys", [77, 4096])
+def test_attention_counts_rows_and_tokens_in_64_bits(keys: int) -> None:
+    """Strides of 2³¹ elements reach the kernel as 64-bit numbers; products with a row are wide without."""
+    (launch,) = heads(HALF, 64, keys)
+    near = launch.compile(90).asm["ttir"]
+    scalars = set(re.findall(r"arith\.muli .* : (i\d+)", near))
+    assert "i64" in scalars
+    far = dataclasses.replace(launch, arguments={**launch.arguments, "k_row": 2**31, "k_token": 2**31})
+    assert "%k_token: i64" in (ttir := far.compile(90).asm["ttir"]) and "%k_row: i64" in ttir
