@@ -7,6 +7,6 @@ try:
 except ImportError as error:
     raise BackendUnavailable(f"triton cannot be imported ({error})") from error
 
-from fastldm.kernels import attention, group_norm_silu, guided_step
+from fastldm.kernels import attention, conv2d, geglu, group_norm_silu, guided_step, layer_norm
 
-__all__ = ["attention", "group_norm_silu", "guided_step"]
+__all__ = ["attention", "conv2d", "geglu", "group_norm_silu", "guided_step", "layer_norm"]

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -43,6 +46,22 @@ class Guarded:
 def guarded() -> type[Guarded]:
     """One instance watches one call."""
     return Guarded
+
+
+@pytest.fixture
+def measure(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[..., None]]:
+    """measure(op, shape, sizes): as if they had been measured on the CPU, where the interpreter runs."""
+    from fastldm.kernels import tuned
+
+    def leave(op: str, shape: tuple[object, ...], sizes: object) -> None:
+        file = tmp_path / "tuned" / "cpu.json"
+        file.parent.mkdir()
+        file.write_text(json.dumps({op: {" ".join(map(str, shape)): vars(sizes)}}))
+        tuned.table.cache_clear()
+
+    monkeypatch.setenv("FASTLDM_CACHE", str(tmp_path))
+    yield leave
+    tuned.table.cache_clear()
 
 
 @pytest.fixture(params=[40, pytest.param(200, marks=pytest.mark.long)], ids="{} shapes".format)

@@ -22,7 +22,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
-from fastldm.kernels import attention, group_norm_silu, guided_step
+from fastldm.kernels import attention, conv2d, geglu, group_norm_silu, guided_step, layer_norm
 
 # Bytes of shared memory that one program may have. (CUDA C++ programming guide, compute capabilities)
 SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
@@ -78,13 +78,13 @@ class Recorder:
         return launch
 
 
-def record(module: Any, *arguments: Any, **named: Any) -> list[Launch]:
+def record(module: Any, *arguments: Any, function: str = "_run", **named: Any) -> list[Launch]:
     """The launches that the module's stand-in makes for these arguments."""
     launches: list[Launch] = []
     with pytest.MonkeyPatch.context() as patch:
         for name in [name for name in vars(module) if name.endswith("_kernel")]:
             patch.setattr(module, name, Recorder(getattr(module, name), launches))
-        module._run(*arguments, **named)
+        getattr(module, function)(*arguments, **named)
     return launches
 
 
@@ -113,6 +113,29 @@ def heads(dtype: torch.dtype, head_dim: int, keys: int, queries: int = 4096, **n
     return record(attention, q, k, v, **named)
 
 
+def gated(dtype: torch.dtype, tokens: int, channels: int) -> list[Launch]:
+    width = 4 * channels
+    shapes = (2, tokens, channels), (2 * width, channels), (2 * width,)
+    return record(geglu, *(empty(*shape, dtype=dtype) for shape in shapes))
+
+
+def modulated(dtype: torch.dtype, channels: int) -> list[Launch]:
+    x, affine = empty(2, 4096, channels, dtype=dtype), empty(channels, dtype=dtype)
+    scale = shift = empty(2, channels, dtype=dtype)
+    return record(layer_norm, x, affine, affine, 1e-5, scale, shift)
+
+
+def convolution(dtype: torch.dtype, channels: int, side: int, tiles: conv2d.Tiles) -> list[Launch]:
+    x, weight, bias = (
+        empty(2, channels, side, side, dtype=dtype),
+        empty(channels, channels, 3, 3, dtype=dtype),
+        None,
+    )
+    return record(conv2d, tiles, x, weight, bias, 1, 1, x, x, function="launch")
+
+
+# What a table of measurements may hold: a whole tile a program, and the depth split for the smallest maps.
+TILES = [conv2d.Tiles(128, 128, 64, 1, 8, 3), conv2d.Tiles(64, 64, 64, 8, 4, 4)]
 # Rows, channels and side of SD1.5's UNet in a guided step, and of the decoder at 512 pixels.
 UNET = [(2, 1280, 8), (2, 1280, 16), (2, 640, 32), (2, 320, 64), (2, 960, 64)]
 DECODER = [(1, 512, 64), (1, 512, 128), (1, 256, 256), (1, 128, 512)]
@@ -134,6 +157,14 @@ def variants() -> Iterator[Any]:
             yield f"attention-{kind}-{head_dim}", heads(dtype, head_dim, 4096), short
             if head_dim != attention.WIDE:
                 yield f"attention-{kind}-{head_dim}-77", heads(dtype, head_dim, 77), short and head_dim == 40
+        for tokens, channels in ((4096, 320), (64, 1280)):
+            yield f"geglu-{kind}-{channels}", gated(dtype, tokens, channels), dtype == HALF and tokens == 4096
+        for channels in (320, 1280, 10240):
+            short = dtype == HALF and channels == 1280
+            yield f"layer_norm-{kind}-{channels}", modulated(dtype, channels), short
+        for tiles in TILES if dtype != torch.float32 else ():
+            name = f"conv2d-{kind}-{tiles.rows}x{tiles.columns}x{tiles.depth}/{tiles.splits}"
+            yield name, convolution(dtype, 1280, 8, tiles), dtype == HALF and tiles.splits > 1
     causal = heads(torch.float16, 64, 1024, 1024, causal=True, key_lengths=empty(2, dtype=torch.int64))
     yield "attention-float16-64-causal-lengths", causal, False
 

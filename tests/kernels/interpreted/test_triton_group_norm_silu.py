@@ -174,13 +174,13 @@ def test_silu_is_accurate_over_the_whole_range() -> None:
     assert ((result - exact).abs() <= 4 * torch.finfo(torch.float32).eps * exact.abs() + 1e-35).all()
 
 
-def test_a_measured_row_takes_the_place_of_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
-    device, shape = torch.device("cuda", 0), (2, 64, 320, 32)
-    monkeypatch.setattr(tuned, "_name", lambda device: "NVIDIA H200")
-    monkeypatch.setitem(tuned.MEASURED, "group_norm_silu", {"NVIDIA H200": {shape: TWO_PASSES}})
-    assert tuned.choose("group_norm_silu", device, shape, None) is TWO_PASSES
-    assert tuned.choose("group_norm_silu", device, (1, *shape[1:]), None) is None
-    assert tuned.choose("group_norm_silu", torch.device("cpu"), shape, None) is None
+def test_a_measured_row_takes_the_place_of_the_default(measure: Any) -> None:
+    device, shape = torch.device("cpu"), (2, 64, 320, 32)
+    measure("group_norm_silu", shape, TWO_PASSES)
+    default = module.blocks(*shape)
+    assert default != TWO_PASSES == tuned.choose("group_norm_silu", device, shape, default)
+    assert tuned.choose("group_norm_silu", device, (1, *shape[1:]), default) is default
+    assert tuned.choose("attention", device, shape, default) is default
 
 
 def test_refused_calls_fall_back_or_say_why() -> None:

@@ -1,0 +1,151 @@
+"""geglu in one launch: both halves of the product in registers, the gate applied before anything is written.
+
+A linear layer and a gate of their own write 2K columns, read them again and write K; here K are written.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastldm.kernels.launch import TYPES, device_of, implement, on_device, records_gradients
+from fastldm.ops.linear import geglu
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """A program's share: rows × columns of the result, `depth` channels at a time."""
+
+    rows: int
+    columns: int
+    depth: int
+    warps: int
+    stages: int
+
+
+LARGE = Tiles(rows=128, columns=64, depth=64, warps=8, stages=3)
+SMALL = Tiles(rows=64, columns=32, depth=64, warps=4, stages=3)  # few rows: more programs
+WIDE_TYPE = Tiles(rows=64, columns=32, depth=32, warps=4, stages=2)  # float32
+GROUP = 8  # tiles of rows that share columns of the weight while they are in the cache
+
+
+@triton.jit
+def geglu_kernel(
+    x,
+    weight,
+    bias,
+    result,
+    rows,
+    width,
+    channels,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    GROUP: tl.constexpr,
+    WHOLE: tl.constexpr,
+):
+    """result [rows, width] = h · gelu(g), [h, g] = x weightᵀ + bias; x [rows, channels], weight [2 width,
+    channels], all contiguous. WHOLE: the channels are a multiple of DEPTH.
+    """
+    down, across = tl.cdiv(rows, ROWS), tl.cdiv(width, COLUMNS)
+    program = tl.program_id(0)
+    first = program // (GROUP * across) * GROUP
+    height = tl.minimum(down - first, GROUP)
+    within = program % (GROUP * across)
+    row = (first + within % height) * ROWS + tl.arange(0, ROWS)
+    column = within // height * COLUMNS + tl.arange(0, COLUMNS)
+    depth = tl.arange(0, DEPTH)
+    row_inside, column_inside = row < rows, column < width
+
+    at_x = x + row.to(tl.int64)[:, None] * channels + depth[None, :]
+    at_hidden = weight + column.to(tl.int64)[None, :] * channels + depth[:, None]
+    at_gate = at_hidden + width.to(tl.int64) * channels
+    hidden = tl.zeros((ROWS, COLUMNS), tl.float32)
+    gate = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for done in range(0, channels, DEPTH):
+        if WHOLE:
+            left = tl.load(at_x, mask=row_inside[:, None], other=0.0)
+            first_half = tl.load(at_hidden, mask=column_inside[None, :], other=0.0)
+            second_half = tl.load(at_gate, mask=column_inside[None, :], other=0.0)
+        else:
+            inside = depth < channels - done
+            left = tl.load(at_x, mask=row_inside[:, None] & inside[None, :], other=0.0)
+            first_half = tl.load(at_hidden, mask=column_inside[None, :] & inside[:, None], other=0.0)
+            second_half = tl.load(at_gate, mask=column_inside[None, :] & inside[:, None], other=0.0)
+        hidden = tl.dot(left, first_half, hidden, input_precision="ieee")
+        gate = tl.dot(left, second_half, gate, input_precision="ieee")
+        at_x += DEPTH
+        at_hidden += DEPTH
+        at_gate += DEPTH
+
+    hidden += tl.load(bias + column, mask=column_inside, other=0.0).to(tl.float32)[None, :]
+    gate += tl.load(bias + width + column, mask=column_inside, other=0.0).to(tl.float32)[None, :]
+    value = hidden * gate * 0.5 * (1 + tl.erf(gate * 0.7071067811865476))
+    to = result + row.to(tl.int64)[:, None] * width + column[None, :]
+    tl.store(to, value.to(result.dtype.element_ty), mask=row_inside[:, None] & column_inside[None, :])
+
+
+def tiles(dtype: torch.dtype, rows: int) -> Tiles:
+    """How a call is divided."""
+    if dtype == torch.float32:
+        return WIDE_TYPE
+    return LARGE if rows >= 1024 else SMALL
+
+
+def _run(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    result = _shape(x, weight, bias)
+    launch(x, weight, bias, result)
+    return result
+
+
+def launch(x: Tensor, weight: Tensor, bias: Tensor, result: Tensor) -> None:
+    """Fill the result."""
+    channels, width = x.shape[-1], result.shape[-1]
+    rows = x.numel() // channels
+    share = tiles(x.dtype, rows)
+    with device_of(x):
+        geglu_kernel[(triton.cdiv(rows, share.rows) * triton.cdiv(width, share.columns),)](
+            x,
+            weight,
+            bias,
+            result,
+            rows,
+            width,
+            channels,
+            ROWS=share.rows,
+            COLUMNS=share.columns,
+            DEPTH=share.depth,
+            GROUP=GROUP,
+            WHOLE=channels % share.depth == 0,
+            num_warps=share.warps,
+            num_stages=share.stages,
+        )
+
+
+def _shape(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0] // 2)
+
+
+def _refuses(x: Tensor, weight: Tensor, bias: Tensor) -> str | None:
+    if why := on_device(x, weight, bias):
+        return why
+    if x.dtype not in TYPES or weight.dtype != x.dtype or bias.dtype != x.dtype:
+        return f"x, weight and bias are not of one type of {TYPES}"
+    if x.dim() < 1 or x.numel() == 0 or weight.dim() != 2 or weight.shape[0] % 2 or weight.numel() == 0:
+        return "x is empty, or weight is not [2K, C]"
+    if weight.shape[1] != x.shape[-1] or bias.shape != weight.shape[:1]:
+        return "x, weight and bias do not fit together"
+    if not (x.is_contiguous() and weight.is_contiguous() and bias.is_contiguous()):
+        return "x, weight or bias is not contiguous"
+    if records_gradients(x, weight, bias):
+        return "autograd records the call"
+    return None
+
+
+geglu.register("triton", _refuses)(
+    implement("triton_geglu(Tensor x, Tensor weight, Tensor bias) -> Tensor", _run, _shape)
+)

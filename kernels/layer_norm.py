@@ -1,0 +1,159 @@
+"""layer_norm with the modulation of an adaptive norm, in one pass over memory: a row stays in registers."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastldm.kernels.launch import TYPES, device_of, implement, on_device, records_gradients
+from fastldm.ops.norm import layer_norm
+
+ELEMENTS, WARPS = 2048, 4  # of a program that takes several short rows
+WIDEST = 16384  # channels that one program can hold
+
+
+@triton.jit
+def layer_norm_kernel(
+    x,
+    weight,
+    bias,
+    scale,
+    shift,
+    result,
+    rows,
+    tokens,
+    scale_stride,
+    shift_stride,
+    channels,
+    eps,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    BIASED: tl.constexpr,
+    SCALED: tl.constexpr,
+    SHIFTED: tl.constexpr,
+):
+    """x, result [rows, channels]; weight, bias [channels]; scale, shift [rows / tokens, channels]. First the
+    mean, then the squares of what lies around it: a large mean costs no digits.
+    """
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    channel = tl.arange(0, WIDTH)
+    known = channel < channels
+    inside = (row < rows)[:, None] & known[None, :]
+    place = row[:, None] * channels + channel[None, :]
+    values = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
+    mean = tl.sum(values, axis=1) / channels
+    values = tl.where(known[None, :], values - mean[:, None], 0.0)
+    variance = tl.sum(values * values, axis=1) / channels
+    values *= tl.rsqrt(variance + eps)[:, None]
+    if WEIGHTED:
+        values *= tl.load(weight + channel, mask=known, other=0.0).to(tl.float32)[None, :]
+    if BIASED:
+        values += tl.load(bias + channel, mask=known, other=0.0).to(tl.float32)[None, :]
+    image = (row // tokens)[:, None]
+    if SCALED:
+        factor = tl.load(scale + image * scale_stride + channel[None, :], mask=inside, other=0.0)
+        values *= 1 + factor.to(tl.float32)
+    if SHIFTED:
+        summand = tl.load(shift + image * shift_stride + channel[None, :], mask=inside, other=0.0)
+        values += summand.to(tl.float32)
+    tl.store(result + place, values.to(result.dtype.element_ty), mask=inside)
+
+
+def _run(
+    x: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+) -> Tensor:
+    result = torch.empty_like(x)
+    launch(x, weight, bias, eps, scale, shift, result)
+    return result
+
+
+def launch(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    result: Tensor,
+) -> None:
+    """Fill the result."""
+    channels = x.shape[-1]
+    rows, width = x.numel() // channels, triton.next_power_of_2(channels)
+    together = max(1, ELEMENTS // width)
+    with device_of(x):
+        layer_norm_kernel[(triton.cdiv(rows, together),)](
+            x,
+            x if weight is None else weight,  # a pointer that is not read
+            x if bias is None else bias,
+            x if scale is None else scale,
+            x if shift is None else shift,
+            result,
+            rows,
+            x.shape[1] if x.dim() == 3 else 1,
+            0 if scale is None else scale.stride(0),
+            0 if shift is None else shift.stride(0),
+            channels,
+            eps,
+            ROWS=together,
+            WIDTH=width,
+            WEIGHTED=weight is not None,
+            BIASED=bias is not None,
+            SCALED=scale is not None,
+            SHIFTED=shift is not None,
+            num_warps=max(WARPS, width // 1024),
+        )
+
+
+def _shape(x: Tensor, *_: object) -> Tensor:
+    return torch.empty_like(x)
+
+
+def _refuses(
+    x: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+) -> str | None:
+    if why := on_device(x, weight, bias, scale, shift):
+        return why
+    if x.dtype not in TYPES:
+        return f"x is {x.dtype}, not one of {TYPES}"
+    if x.dim() < 1 or x.numel() == 0 or not x.is_contiguous():
+        return "x is empty or not contiguous"
+    channels = x.shape[-1]
+    if channels > WIDEST:
+        return f"x has more than {WIDEST} channels"
+    for tensor in (weight, bias):
+        if tensor is not None and (tensor.shape != (channels,) or not tensor.is_contiguous()):
+            return "weight or bias is not contiguous [C]"
+    for tensor in (scale, shift):
+        if tensor is None:
+            continue
+        if x.dim() != 3 or tensor.shape != (x.shape[0], channels) or tensor.stride(1) != 1:
+            return "scale or shift is not [N, C] with neighbouring channels, for x [N, L, C]"
+    for tensor in (weight, bias, scale, shift):
+        if tensor is not None and tensor.dtype not in (x.dtype, torch.float32):
+            return "weight, bias, scale or shift has neither x's dtype nor float32"
+    if records_gradients(x, weight, bias, scale, shift):
+        return "autograd records the call"
+    return None
+
+
+layer_norm.register("triton", _refuses)(
+    implement(
+        "triton_layer_norm(Tensor x, Tensor? weight=None, Tensor? bias=None, float eps=1e-5,"
+        " Tensor? scale=None, Tensor? shift=None) -> Tensor",
+        _run,
+        _shape,
+    )
+)
