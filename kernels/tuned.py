@@ -1,7 +1,7 @@
 """Sizes of blocks as data, by op, device and shape; nothing is tuned while a program runs.
 
-The defaults are chosen, not measured: they spill no register on sm_80, sm_90 and sm_100, and give each
-multiprocessor of an H200 two programs at least. A row of MEASURED takes their place on the device it names.
+The defaults stand beside each kernel. They are chosen, not measured: they spill no register on sm_80, sm_90
+and sm_100. A row of MEASURED takes their place on the device that it names.
 """
 
 from __future__ import annotations
