@@ -33,7 +33,7 @@ class Blocks:
 
 
 def blocks(rows: int, pixels: int, channels: int, groups: int) -> Blocks:
-    """One pass where a group fits into 16384 elements; else tiles of 8192, in 264 programs or more."""
+    """One pass where a group fits into 16384 elements; else tiles of 8192, in 264 programs or one a tile."""
     width, side = channels // groups, triton.next_power_of_2(pixels)
     if side * triton.next_power_of_2(width) <= 16384:
         together = 1
