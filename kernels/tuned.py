@@ -1,9 +1,8 @@
 """Sizes of blocks as data, by op, device and shape; nothing is tuned while a program runs.
 
 `kernels/tuned/DEVICE.json` comes with fastldm, `$FASTLDM_CACHE/tuned/DEVICE.json` is this machine's own and
-goes first; each holds {op: {shape: {size: number}}}. The defaults in the kernels' modules are chosen, not
-measured: they spill no register on sm_80, sm_90 and sm_100, and give each multiprocessor of an H200 two
-programs at least.
+goes first; each holds {op: {shape: {size: number}}}. The defaults stand beside each kernel: chosen, not
+measured, they spill no register on sm_80, sm_90 and sm_100.
 """
 
 from __future__ import annotations
