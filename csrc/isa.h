@@ -11,23 +11,28 @@ namespace fastldm {
 struct Kernels {
     const char* isa;
     bool (*runs_here)();
+    void (*attention)(const Attention&);
     void (*group_norm_silu)(const GroupNormSilu&);
     void (*guided_step)(const GuidedStep&);
 };
 
+#ifdef FASTLDM_X86
+inline bool has_avx512() {
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+#endif
+
 // From the narrowest to the widest; the first runs everywhere.
 inline const std::vector<Kernels>& compiled() {
     static const std::vector<Kernels> all = {
-        {"plain", [] { return true; }, plain::group_norm_silu, plain::guided_step},
+        {"plain", [] { return true; }, plain::attention, plain::group_norm_silu, plain::guided_step},
 #ifdef FASTLDM_X86
-        {"avx2", [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }, avx2::group_norm_silu,
-         avx2::guided_step},
-        {"avx512",
-         [] {
-             return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                    __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-         },
-         avx512::group_norm_silu, avx512::guided_step},
+        {"avx2", [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }, avx2::attention,
+         avx2::group_norm_silu, avx2::guided_step},
+        {"avx512", has_avx512, avx512::attention, avx512::group_norm_silu, avx512::guided_step},
+        {"avx512_bf16", [] { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }, avx512_bf16::attention,
+         avx512_bf16::group_norm_silu, avx512_bf16::guided_step},
 #endif
     };
     return all;

@@ -5,7 +5,16 @@ FASTLDM_CPU_ISA caps the choice: plain, avx2, avx512 or avx512_bf16. The kernels
 reference serves any call that autograd records.
 """
 
-from fastldm.ops.cpp import group_norm_silu, guided_step
+from fastldm.ops.cpp import attention, group_norm_silu, guided_step
 from fastldm.ops.cpp.extension import _C, INSTRUCTION_SETS, ISA, TYPES, choose_isa
 
-__all__ = ["INSTRUCTION_SETS", "ISA", "TYPES", "_C", "choose_isa", "group_norm_silu", "guided_step"]
+__all__ = [
+    "INSTRUCTION_SETS",
+    "ISA",
+    "TYPES",
+    "_C",
+    "attention",
+    "choose_isa",
+    "group_norm_silu",
+    "guided_step",
+]
