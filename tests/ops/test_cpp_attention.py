@@ -86,6 +86,7 @@ def test_errors_stay_within_those_of_pytorch(
     for index in range(200):
         case = draw(rng, dtype)
         torchs, exact = attention.reference(**case), truth(case)
+        torchs = torchs.transpose(1, 2).contiguous().transpose(1, 2)  # a layout that varies with its path
         slack = amplification(case) if dtype == torch.float32 else 1.0
         for kind, rule in rules.items():
             choose(monkeypatch, *kind)
@@ -142,12 +143,14 @@ def test_nothing_outside_the_tensors_is_read_or_written(kind: tuple[str, bool]) 
 def test_nan_and_inf_reach_what_they_reach_in_pytorch(
     kind: tuple[str, bool], dtype: torch.dtype, bad: float
 ) -> None:
+    """As in its softmax: scaled_dot_product_attention makes zeros of some rows of NaN, by their place."""
     rng = random.Random(7)
     for name in "qkv" * 4:
         case = draw(rng, dtype, key_lengths=None, causal=False)
         case["q"] *= 0.1  # no weight vanishes: 0 times infinity is NaN
         case[name][tuple(rng.randrange(size) for size in case[name].shape)] = bad
-        ours, plain = run(case), attention.reference(**case)
+        q, k, v = (case[each].float() for each in "qkv")
+        ours, plain = run(case), torch.softmax(q @ k.mT / q.shape[-1] ** 0.5, dim=-1) @ v
         assert torch.equal(ours.isnan(), plain.isnan())
         assert torch.equal(ours.isposinf(), plain.isposinf()) and torch.equal(
             ours.isneginf(), plain.isneginf()
