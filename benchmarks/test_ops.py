@@ -93,8 +93,7 @@ def guided_step(dtype: torch.dtype, slots: int, channels: int, side: int) -> Cal
 UNET = [(2, 1280, 8), (2, 320, 64), (2, 960, 64), (2, 640, 32), (2, 1280, 16)]  # SD1.5, a guided step
 VAE = [(1, 512, 64), (1, 512, 128), (1, 256, 256), (1, 128, 512)]  # its decoder, 512 pixels
 ATTENTION = [  # rows, heads, queries, keys, head dim: the shipped model, SD1.5, the middle of its decoder
-    (2, 2, 64, 32, 40),
-    (2, 4, 16, 16, 32),
+    *[(2, 2, 64, keys, 40) for keys in (32, 64)],
     *[(2, 8, 4096, keys, 40) for keys in (4096, 77)],
     *[(2, 8, 1024, keys, 80) for keys in (1024, 77)],
     *[(2, 8, 256, keys, 160) for keys in (256, 77)],

@@ -15,42 +15,11 @@ namespace {
 
 constexpr int ROWS = LANES == 16 ? 8 : 4;  // of sums: with VECTORS, what the registers hold
 constexpr int VECTORS = 3;
-constexpr int STEP = 4;                    // of the microkernel's loop
 constexpr int64_t TILE = VECTORS * LANES;  // queries
 constexpr int64_t KEYS = Attention::KEYS;
 constexpr int64_t WORK =
     Attention::HEAD_DIM * TILE;  // words: one tile of the largest head, or several of a smaller one
 constexpr int64_t MOST_TILES = 8;
-
-template <int... J>
-struct Indices {};
-template <int N, int... J>
-struct Count : Count<N - 1, N - 1, J...> {};
-template <int... J>
-struct Count<0, J...> {
-    using Type = Indices<J...>;
-};
-
-// Swaps, in blocks of 2 HALF x 2 HALF, the upper right quarter with the lower left one, for ever larger blocks.
-template <int HALF, int... J>
-FASTLDM_INLINE void transpose(Floats (&rows)[LANES], Indices<J...> lanes) {
-    for (int i = 0; i < LANES; ++i)
-        if (!(i & HALF)) {
-            const Floats upper = rows[i], lower = rows[i + HALF];
-            rows[i] = __builtin_shufflevector(upper, lower, (J & HALF ? LANES + J - HALF : J)...);
-            rows[i + HALF] = __builtin_shufflevector(upper, lower, (J & HALF ? LANES + J : J + HALF)...);
-        }
-    if constexpr (2 * HALF < LANES) transpose<2 * HALF>(rows, lanes);
-}
-
-// b where one of the two is NaN.
-FASTLDM_INLINE Floats larger(Floats a, Floats b) {
-#if FASTLDM_LANES == 8 && defined(__AVX2__)  // GCC 12 makes two instructions of the comparison
-    return _mm256_max_ps(a, b);
-#else
-    return a > b ? a : b;
-#endif
-}
 
 // 2^x for x <= 0, exactly 0 below -127: with x = n + r, 2^n p(r), where p is the minimax polynomial over |r| <= 1/2.
 // Its error for results of type float is 1.1e-7, for bfloat16 2.8e-6.
@@ -141,7 +110,7 @@ template <typename W>
 FASTLDM_INLINE void load_transposed(const typename W::Element* from, int64_t token, int tokens, int count,
                                     Floats (&block)[LANES]) {
     for (int i = 0; i < LANES; ++i) block[i] = i < tokens ? W::load_words(from + i * token, count) : Floats{};
-    transpose<1>(block, typename Count<LANES>::Type());
+    transpose(block);
 }
 
 // Panels of ROWS keys: [keys / ROWS, words of a key, ROWS].
@@ -157,10 +126,10 @@ void pack_keys(const Attention& a, const typename W::Element* k, int64_t keys, f
         }
 }
 
-// Words of a column of values, or of weights, up to a multiple of STEP: those at the end are zero.
+// Words of a column of values, or of weights: the last of them may hold half a pair.
 template <typename W>
 FASTLDM_INLINE int64_t depth_of(int64_t keys) {
-    return (keys + STEP * W::SIZE - 1) / (STEP * W::SIZE) * STEP;
+    return (keys + W::SIZE - 1) / W::SIZE;
 }
 
 // Panels of ROWS columns: [head_dim / ROWS, words of a column, ROWS].
@@ -169,10 +138,10 @@ void pack_values(const Attention& a, const typename W::Element* v, int64_t keys,
     const int64_t depth = depth_of<W>(keys);
     for (int64_t t = 0; t < depth; ++t) {
         const typename W::Element* from = v + t * W::SIZE * a.v.token;
-        const int64_t left = keys - t * W::SIZE;
+        const bool has_next = t * W::SIZE + 1 < keys;
         for (int64_t c = 0; c < a.head_dim; c += LANES) {
             const int count = at_most(a.head_dim - c, LANES);
-            const Floats values = left > 0 ? W::load_column(from + c, a.v.token, left > 1, count) : Floats{};
+            const Floats values = W::load_column(from + c, a.v.token, has_next, count);
             if (count == LANES)
                 store_in_panels(to + c * depth + t * ROWS, depth * ROWS, values);
             else
@@ -181,21 +150,19 @@ void pack_values(const Attention& a, const typename W::Element* v, int64_t keys,
     }
 }
 
-// sums[i][v] = panel[:, i] . vectors[:, v], the microkernel; depth is a multiple of STEP. (With single steps, the end
-// of each loop is mispredicted.)
+// sums[i][v] = panel[:, i] . vectors[:, v], the microkernel. (With four steps unrolled it was no faster.)
 template <typename W, int V>
 FASTLDM_INLINE void multiply(const float* panel, const float* vectors, int64_t depth, Floats (&sums)[ROWS][V]) {
     for (int i = 0; i < ROWS; ++i)
         for (int v = 0; v < V; ++v) sums[i][v] = Floats{};
-    for (int64_t t = 0; t < depth; t += STEP, panel += STEP * ROWS, vectors += STEP * V * LANES)
-        for (int step = 0; step < STEP; ++step) {
-            Floats x[V];
-            for (int v = 0; v < V; ++v) x[v] = load(vectors + (step * V + v) * LANES);
-            for (int i = 0; i < ROWS; ++i) {
-                const Floats factor = splat(panel[step * ROWS + i]);
-                for (int v = 0; v < V; ++v) sums[i][v] = W::multiply_add(factor, x[v], sums[i][v]);
-            }
+    for (int64_t t = 0; t < depth; ++t, panel += ROWS, vectors += V * LANES) {
+        Floats x[V];
+        for (int v = 0; v < V; ++v) x[v] = load(vectors + v * LANES);
+        for (int i = 0; i < ROWS; ++i) {
+            const Floats factor = splat(panel[i]);
+            for (int v = 0; v < V; ++v) sums[i][v] = W::multiply_add(factor, x[v], sums[i][v]);
         }
+    }
 }
 
 // A tile of queries: up to V vectors of them, what has been summed over the keys so far, and softmax's denominator.
@@ -297,7 +264,7 @@ void finish(const Attention& a, E* result, const Tile& tile) {
             Floats block[LANES];
             for (int i = 0; i < LANES; ++i)
                 block[i] = i < count ? load(tile.sums + ((c + i) * V + v) * LANES) * share : Floats{};
-            transpose<1>(block, typename Count<LANES>::Type());
+            transpose(block);
             for (int i = 0; i < queries; ++i) {
                 E* to = result + (query + i) * a.result.token + c;
                 if (count == LANES)
