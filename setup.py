@@ -20,10 +20,9 @@ X86 = platform.machine().lower() in ("x86_64", "amd64")
 INSTRUCTION_SETS: dict[str, tuple[int, list[str]]] = {"plain": (4, [])}
 if X86:
     INSTRUCTION_SETS["avx2"] = 8, ["-mavx2", "-mfma"]
-    INSTRUCTION_SETS["avx512"] = (
-        16,
-        ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"],
-    )
+    AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"]
+    INSTRUCTION_SETS["avx512"] = 16, AVX512
+    INSTRUCTION_SETS["avx512_bf16"] = 16, [*AVX512, "-mavx512bf16"]
 
 # A compiled version for each GPU generation, and code that later ones compile when they load it.
 GENERATIONS = {"group_norm_silu": (90, 100)}  # thread-block clusters

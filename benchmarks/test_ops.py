@@ -15,7 +15,7 @@ from torch import Tensor
 from benchmarks.compare import Result, Table, compiled
 from fastldm import ops
 
-Shape = tuple[int, int, int]
+Shape = tuple[int, ...]
 # From float64. PyTorch's own group norm is 3e-5 off on the largest map; bfloat16: one unit in the last place.
 TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 2**-7}
 
@@ -61,6 +61,21 @@ def copy(moved: int) -> Callable[[], None]:
         target.copy_(source)
 
     return run
+
+
+def product(operations: int) -> Callable[[], Tensor]:
+    """What the processor allows: as many operations in a product of float32 matrices."""
+    side = round((operations / 2) ** (1 / 3))
+    left, right = torch.randn(2, side, side)
+    return lambda: left @ right
+
+
+def attention(dtype: torch.dtype, rows: int, heads: int, queries: int, keys: int, head_dim: int) -> Call:
+    def tokens(count: int) -> Tensor:
+        return torch.randn(rows, count, heads * head_dim).to(dtype).unflatten(-1, (heads, -1)).transpose(1, 2)
+
+    q, k, v = tokens(queries), tokens(keys), tokens(keys)
+    return Call((q, k, v), 2 * (q.nbytes + k.nbytes), operations=4 * q.numel() * keys)
 
 
 def group_norm_silu(dtype: torch.dtype, rows: int, channels: int, side: int) -> Call:
@@ -121,7 +136,15 @@ def fast_bfloat16(dtype: torch.dtype) -> None:
 UNET = [(2, 1280, 8), (2, 320, 64), (2, 960, 64), (2, 640, 32), (2, 1280, 16)]  # SD1.5, a guided step
 VAE = [(1, 512, 64), (1, 512, 128), (1, 256, 256), (1, 128, 512)]  # its decoder, 512 pixels
 TOKENS = [(2, 256, 1280), (2, 1024, 640), (2, 4096, 320), (2, 256, 80)]  # SD1.5; the shipped model
+ATTENTION = [  # rows, heads, queries, keys, head dim: the shipped model, SD1.5, the middle of its decoder
+    *[(2, 2, 64, keys, 40) for keys in (32, 64)],
+    *[(2, 8, 4096, keys, 40) for keys in (4096, 77)],
+    *[(2, 8, 1024, keys, 80) for keys in (1024, 77)],
+    *[(2, 8, 256, keys, 160) for keys in (256, 77)],
+    (1, 1, 4096, 4096, 512),
+]
 SHAPES: dict[str, tuple[Callable[..., Call], list[Shape]]] = {
+    "attention": (attention, ATTENTION),
     "group_norm_silu": (group_norm_silu, UNET + VAE),
     "guided_step": (guided_step, [(1, 4, 64), (8, 4, 64), (1, 16, 128)]),
     "conv2d": (conv2d, [(2, 128, 8), (2, 1280, 8), (2, 1280, 16)]),
@@ -161,7 +184,9 @@ def test_op(race: Callable[..., Table], effort: int, name: str, dtype: torch.dty
     contenders["reference"] = call().of(op.reference)
     if effort > bool(operations):  # with --full alone where a call takes seconds
         contenders["reference, torch.compile"] = call().of(compiled(op.reference))
-    if not operations:
+    if operations:
+        contenders["float32 product of as many operations"] = product(operations)
+    else:
         contenders["copy of as many bytes"] = copy(moved)
     race(
         f"{name} {'x'.join(map(str, shape))}, {str(dtype)[6:]}",

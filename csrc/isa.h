@@ -11,6 +11,7 @@ namespace fastldm {
 struct Kernels {
     const char* isa;
     bool (*runs_here)();
+    void (*attention)(const Attention&);
     void (*group_norm_silu)(const GroupNormSilu&);
     void (*guided_step)(const GuidedStep&);
     void (*interleave)(const Interleave&);
@@ -18,24 +19,31 @@ struct Kernels {
     void (*layer_norm)(const LayerNorm&);
 };
 
+#ifdef FASTLDM_X86
+inline bool has_avx512() {
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+#endif
+
+#define FASTLDM_KERNELS(isa) \
+    isa::attention, isa::group_norm_silu, isa::guided_step, isa::interleave, isa::geglu, isa::layer_norm
+
 // From the narrowest to the widest; the first runs everywhere.
 inline const std::vector<Kernels>& compiled() {
     static const std::vector<Kernels> all = {
-        {"plain", [] { return true; }, plain::group_norm_silu, plain::guided_step, plain::interleave, plain::geglu,
-         plain::layer_norm},
+        {"plain", [] { return true; }, FASTLDM_KERNELS(plain)},
 #ifdef FASTLDM_X86
-        {"avx2", [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }, avx2::group_norm_silu,
-         avx2::guided_step, avx2::interleave, avx2::geglu, avx2::layer_norm},
-        {"avx512",
-         [] {
-             return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                    __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-         },
-         avx512::group_norm_silu, avx512::guided_step, avx512::interleave, avx512::geglu, avx512::layer_norm},
+        {"avx2", [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }, FASTLDM_KERNELS(avx2)},
+        {"avx512", has_avx512, FASTLDM_KERNELS(avx512)},
+        {"avx512_bf16", [] { return has_avx512() && __builtin_cpu_supports("avx512bf16"); },
+         FASTLDM_KERNELS(avx512_bf16)},
 #endif
     };
     return all;
 }
+
+#undef FASTLDM_KERNELS
 
 inline std::vector<std::string> isas() {
     std::vector<std::string> names;

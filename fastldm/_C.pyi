@@ -1,8 +1,25 @@
 """Compiled kernels on raw pointers (csrc/bindings): integer addresses, strides in elements."""
 
-Strides = tuple[int, int, int, int]  # address, then elements between slots, channels and pixels
+Strides = tuple[int, int, int, int]  # address, then elements between the op's outer axes
 
 def isas() -> list[str]: ...
+def attention(
+    isa: str,
+    result: Strides,
+    q: Strides,
+    k: Strides,
+    v: Strides,
+    type: str,
+    rows: int,
+    heads: int,
+    queries: int,
+    keys: int,
+    head_dim: int,
+    key_lengths: int,
+    causal: bool,
+    pairs: bool,
+    threads: int,
+) -> None: ...
 def group_norm_silu(
     isa: str,
     result: int,

@@ -20,6 +20,7 @@ T* pointer(Address address) {
     return reinterpret_cast<T*>(address);
 }
 
+void bind_attention(pybind11::module_&);
 void bind_group_norm_silu(pybind11::module_&);
 void bind_guided_step(pybind11::module_&);
 void bind_interleave(pybind11::module_&);

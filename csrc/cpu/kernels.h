@@ -81,8 +81,33 @@ struct LayerNorm {
     int threads;
 };
 
+// One tensor of attention: where it starts, and how many elements lie between rows, heads and tokens.
+struct Heads {
+    void* data;
+    int64_t row, head, token;
+};
+
+// softmax(q k^T scale) v; names as in fastldm/ops/attention.py.
+struct Attention {
+    Heads q, k, v, result;
+    const int64_t* key_lengths;  // [rows], or null
+    float* packed;               // scratch [group, packed_size()]
+    int64_t rows, heads, queries, keys, head_dim;
+    int64_t group;  // heads whose keys and values are packed at a time
+    float scale;
+    bool causal;
+    bool pairs;  // bfloat16 is multiplied in pairs, the weights rounded to it
+    Type type;
+    int threads;
+
+    static constexpr int64_t HEAD_DIM = 512;  // the largest; all are multiples of 8
+    static constexpr int64_t KEYS = 128;      // in a block
+    int64_t packed_size() const { return (keys + 15) / 16 * 16 * head_dim * 2; }
+};
+
 #define FASTLDM_DECLARE(isa)                    \
     namespace isa {                             \
+    void attention(const Attention&);           \
     void group_norm_silu(const GroupNormSilu&); \
     void guided_step(const GuidedStep&);        \
     void interleave(const Interleave&);         \
@@ -94,6 +119,7 @@ FASTLDM_DECLARE(plain)
 #ifdef FASTLDM_X86
 FASTLDM_DECLARE(avx2)
 FASTLDM_DECLARE(avx512)
+FASTLDM_DECLARE(avx512_bf16)
 #endif
 
 #undef FASTLDM_DECLARE

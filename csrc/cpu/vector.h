@@ -1,8 +1,8 @@
 // A vector of LANES floats, on the vector extensions of GCC and Clang.
 //
 // Every kernel is written once over this header and compiled once for each instruction set, with that set's flags and
-//   FASTLDM_ISA    name of the namespace: plain, avx2, avx512
-//   FASTLDM_LANES  floats in a vector: 4, 8, 16
+//   FASTLDM_ISA    name of the namespace: plain, avx2, avx512, avx512_bf16
+//   FASTLDM_LANES  floats in a vector: 4, 8, 16, 16
 // No standard template may be used here or in a kernel: its instances would be weak symbols, and the linker is free to
 // give the AVX-512 copy to the plain path.
 #pragma once
@@ -110,6 +110,39 @@ FASTLDM_INLINE void store(T* to, int64_t stride, int count, Floats values) {
 FASTLDM_INLINE Floats clamp(Floats value, Floats low, Floats high) {
     value = value < low ? low : value;
     return value > high ? high : value;
+}
+
+template <int... J>
+struct Indices {};
+template <int N, int... J>
+struct Count : Count<N - 1, N - 1, J...> {};
+template <int... J>
+struct Count<0, J...> {
+    using Type = Indices<J...>;
+};
+
+// Swaps, in blocks of 2 HALF x 2 HALF, the upper right quarter with the lower left one, for ever larger blocks.
+template <int HALF, int... J>
+FASTLDM_INLINE void transpose(Floats (&rows)[LANES], Indices<J...> lanes) {
+    for (int i = 0; i < LANES; ++i)
+        if (!(i & HALF)) {
+            const Floats upper = rows[i], lower = rows[i + HALF];
+            rows[i] = __builtin_shufflevector(upper, lower, (J & HALF ? LANES + J - HALF : J)...);
+            rows[i + HALF] = __builtin_shufflevector(upper, lower, (J & HALF ? LANES + J : J + HALF)...);
+        }
+    if constexpr (2 * HALF < LANES) transpose<2 * HALF>(rows, lanes);
+}
+
+// LANES rows of LANES lanes: lane j of row i becomes lane i of row j.
+FASTLDM_INLINE void transpose(Floats (&rows)[LANES]) { transpose<1>(rows, typename Count<LANES>::Type()); }
+
+// b where one of the two is NaN.
+FASTLDM_INLINE Floats larger(Floats a, Floats b) {
+#if FASTLDM_LANES == 8 && defined(__AVX2__)  // GCC 12 makes two instructions of the comparison
+    return _mm256_max_ps(a, b);
+#else
+    return a > b ? a : b;
+#endif
 }
 
 // exp(z) for -87 <= z <= 88; other z give any number. With z = n ln2 + r, exp(z) = 2^n p(r), where p is the minimax

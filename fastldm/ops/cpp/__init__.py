@@ -6,6 +6,7 @@ reference serves any call that autograd records.
 """
 
 from fastldm.ops.cpp import (
+    attention,
     conv2d,
     extension,
     geglu,
@@ -23,6 +24,7 @@ __all__ = [
     "ISA",
     "TYPES",
     "_C",
+    "attention",
     "choose_isa",
     "conv2d",
     "extension",
