@@ -1,7 +1,7 @@
 """fastldm runs latent diffusion models, as fast as the hardware allows, without changing what they compute.
 
 import fastldm
-fastldm.generate("a large black circle on a white background", steps=25).save("circle.png")
+fastldm.generate("a large blue square on a white background", steps=25).save("square.png")
 """
 
 from __future__ import annotations

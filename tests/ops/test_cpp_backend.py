@@ -5,9 +5,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import pytest
+import torch
 
+from fastldm import ops
 from fastldm.errors import BackendUnavailable, InvalidArgument
 
 cpp = pytest.importorskip("fastldm.ops.cpp", exc_type=BackendUnavailable)
@@ -30,12 +34,35 @@ def test_the_environment_caps_the_choice() -> None:
     assert python("from fastldm.ops import cpp; print(cpp.ISA)", FASTLDM_CPU_ISA="plain").stdout == "plain\n"
 
 
-def test_a_set_that_does_not_run_here_cannot_be_forced() -> None:
-    lacking = [isa for isa in cpp.INSTRUCTION_SETS if isa not in cpp._C.isas()]
-    with pytest.raises(ValueError, match=f"instruction set {lacking[0]} is not compiled in or does not run"):
-        cpp._C.guided_step(
-            lacking[0], *[(0, 0, 0, 0)] * 4, None, "float32", 1, 1, 1, 1, False, 0, 0, 0, 9, 0, 1
-        )
+def map_of(*shape: int) -> torch.Tensor:
+    return torch.randn(shape).to(memory_format=torch.channels_last)
+
+
+def a_step() -> tuple[torch.Tensor | None, ...]:
+    images = [map_of(2, 4, 4, 4) for _ in range(4)]
+    return *images, None, torch.randn(1, 1, 9), torch.zeros(2, dtype=torch.long)
+
+
+CALLS: dict[str, Callable[[], Any]] = {
+    "attention": lambda: ops.attention(*torch.randn(3, 2, 4, 64, 40), key_lengths=torch.tensor([64, 9])),
+    "geglu": lambda: ops.geglu(torch.randn(4, 8), torch.randn(16, 8), torch.randn(16)),
+    "group_norm_silu": lambda: ops.group_norm_silu(map_of(1, 8, 4, 4), torch.ones(8), torch.zeros(8), 4),
+    "guided_step": lambda: ops.guided_step(*a_step()),
+    "layer_norm": lambda: ops.layer_norm(torch.randn(4, 8)),
+    "upsample_conv": lambda: ops.upsample_conv(map_of(1, 8, 4, 4), map_of(8, 8, 3, 3), torch.zeros(8)),
+}
+
+
+@pytest.mark.parametrize(
+    "name", sorted({n for n, op in ops.OPS.items() if "cpp" in op.stand_ins} - {"conv2d"})
+)
+def test_a_set_that_does_not_run_here_cannot_be_forced(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And so the choice reaches every kernel of ours; convolutions are oneDNN's."""
+    with ops.use_backends("cpp"):
+        CALLS[name]()
+        monkeypatch.setattr(cpp.extension, "ISA", "sse9")
+        with pytest.raises(ValueError, match="instruction set sse9 is not compiled in or does not run"):
+            CALLS[name]()
 
 
 def test_without_the_extension_the_references_serve_and_the_reason_is_told() -> None:

@@ -56,16 +56,15 @@ def score(every: int) -> dict[str, float]:
     return evaluate(generate, questions()[::every])
 
 
-# What its model card states, with room for chance; the bar that it has yet to reach is 0.80.
-COLOUR = 0.43
+COLOUR = 0.80  # the bar; its model card states 0.86, and 0.81 at guidance 7.5
 
 
 def test_the_shipped_model_is_as_good_as_its_card_says() -> None:
     shares = score(every=16)  # the first phrasing: large objects, on a background that is asked for
     assert shares["background"] >= 0.95
-    assert shares["colour"] >= COLOUR - 0.2
+    assert shares["colour"] >= COLOUR - 0.1  # 32 pictures: chance moves the share by 0.06
 
 
 @pytest.mark.long
 def test_the_shipped_model_on_every_question_of_its_card() -> None:
-    assert score(every=4)["colour"] >= COLOUR - 0.05
+    assert score(every=1)["colour"] >= COLOUR
