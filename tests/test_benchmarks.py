@@ -5,12 +5,16 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from benchmarks import calls, gpu
 from benchmarks.compare import race, seconds
+from fastldm import ops
+from fastldm.errors import BackendUnavailable
 
 ROOT = Path(__file__).parents[1]
 
@@ -65,3 +69,36 @@ def test_the_quick_suite_runs() -> None:
     )
     assert ran.returncode == 0, ran.stdout + ran.stderr
     assert "UNet step of scenes" in ran.stdout and "import fastldm, without torch" in ran.stdout
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device")
+def test_the_gpu_script_says_that_there_is_no_gpu(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "benchmarks.gpu", "--only", "ops", "--out", str(tmp_path / "out")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "benchmarks.gpu: no CUDA device\n" and not (tmp_path / "out").exists()
+
+
+def test_the_gpu_scripts_correctness_on_the_kernels_of_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It finds the right ones right, a wrong one wrong, and says why one is refused."""
+    pytest.importorskip("fastldm.ops.cpp", exc_type=BackendUnavailable)
+    small = {
+        "attention": (1, 2, 9, 9, 40),
+        "conv2d": (1, 16, 4),
+        "geglu": (1, 5, 16),
+        "group_norm_silu": (1, 64, 4),
+        "guided_step": (1, 4, 4),
+        "layer_norm": (1, 5, 16),
+        "upsample_conv": (1, 16, 4),
+    }
+    shapes = {name: (make, [small[name]]) for name, (make, _) in calls.SHAPES.items()}
+    right = list(gpu.correctness(("cpp",), (torch.float32,), shapes))
+    assert {row["op"] for row in right} == set(small)
+    assert [row["op"] for row in right if not row["right"]] == ["attention"]  # too small for it in float32
+    assert "torch" in next(row["refused"] for row in right if row["op"] == "attention").lower()
+    stand_in = ops.geglu.stand_ins["cpp"]
+    wrong = replace(stand_in, run=lambda *call: stand_in.run(*call) * 1.01)
+    monkeypatch.setitem(ops.geglu.stand_ins, "cpp", wrong)
+    rows = list(gpu.correctness(("cpp",), (torch.float32,), shapes))
+    assert [row["op"] for row in rows if row["right"] is False] == ["geglu"]
+    assert gpu.table({"machine": {}, "correctness": rows}).count("WRONG") == 1
