@@ -51,15 +51,17 @@ class Blocks:
     stages: int
 
 
-def blocks(head_dim: int, keys: int) -> Blocks:
-    """By head dim, so that nothing spills on sm_80 either."""
+def blocks(head_dim: int, keys: int, causal: bool = False) -> Blocks:
+    """By head dim, so that nothing spills on sm_80, sm_90 and sm_100."""
     if head_dim == WIDE:
         return Blocks(64, 32, 8, 1)
     if keys <= ONE_TILE and head_dim <= 128:
         return Blocks(64, max(16, triton.next_power_of_2(keys)), 4, 1)
+    if head_dim > 128 and keys <= ONE_TILE:
+        return Blocks(64, 32, 8, 1)
     if head_dim > 80:
         return Blocks(128 if head_dim <= 128 else 64, 32, 8, 2)
-    return Blocks(128, 64, 8, 3 if head_dim <= 64 else 2)
+    return Blocks(128, 64, 8, 3 if head_dim <= 64 and not causal else 2)
 
 
 @triton.jit
@@ -227,7 +229,9 @@ def wide_kernel(
 def _run(q: Tensor, k: Tensor, v: Tensor, key_lengths: Tensor | None = None, causal: bool = False) -> Tensor:
     rows, heads, queries, head_dim = q.shape
     keys = k.shape[2]
-    chosen = choose("attention", q.device, (rows, heads, queries, keys, head_dim), blocks(head_dim, keys))
+    chosen = choose(
+        "attention", q.device, (rows, heads, queries, keys, head_dim), blocks(head_dim, keys, causal)
+    )
     out = _shape(q)
     grid = triton.cdiv(queries, chosen.queries), heads, rows
     strides = [stride // ALIGNED for each in (out, q, k, v) for stride in each.stride()[:3]]
