@@ -29,9 +29,10 @@ from fastldm.kernels.flash import (
     visible_keys,
     walk,
 )
-from fastldm.kernels.launch import INTERPRETED, TYPES, device_of, implement, on_device, records_gradients
+from fastldm.kernels.launch import INTERPRETED, TYPES, device_of, implement, on_device
 from fastldm.kernels.tuned import choose
 from fastldm.ops.attention import attention
+from fastldm.ops.raw import records
 
 # Head dim → (columns of the first piece, of the second, or 0).
 PIECES = {32: (32, 0), 40: (32, 16), 64: (64, 0), 80: (64, 16), 96: (64, 32), 128: (128, 0), 160: (128, 32)}
@@ -287,7 +288,7 @@ def _refuses(
             return "key_lengths are not int32 or int64 [rows]"
         if not key_lengths.is_contiguous():
             return "key_lengths are not contiguous"
-    if records_gradients(q, k, v):
+    if records(q, k, v):
         return "autograd records the call"
     return None
 

@@ -13,9 +13,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastldm.kernels.launch import TYPES, device_of, implement, on_device, records_gradients
+from fastldm.kernels.launch import TYPES, device_of, implement, on_device
 from fastldm.kernels.tuned import measured
 from fastldm.ops.linear import conv2d
+from fastldm.ops.raw import records
 
 
 @dataclass(frozen=True)
@@ -263,7 +264,7 @@ def _refuses(
         return "bias is not contiguous [K]"
     if residual is not None and residual.shape != _size(x, weight, stride, padding):
         return "residual has not the shape of the result"
-    if records_gradients(*tensors):
+    if records(*tensors):
         return "autograd records the call"
     if _tiles(x, weight, stride, padding) is None:
         return "no measurement on this device says that it beats cuDNN at this shape"

@@ -12,8 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastldm.kernels.launch import TYPES, device_of, implement, on_device, records_gradients
+from fastldm.kernels.launch import TYPES, device_of, implement, on_device
 from fastldm.ops.linear import geglu
+from fastldm.ops.raw import records
 
 
 @dataclass(frozen=True)
@@ -141,7 +142,7 @@ def _refuses(x: Tensor, weight: Tensor, bias: Tensor) -> str | None:
         return "x, weight and bias do not fit together"
     if not (x.is_contiguous() and weight.is_contiguous() and bias.is_contiguous()):
         return "x, weight or bias is not contiguous"
-    if records_gradients(x, weight, bias):
+    if records(x, weight, bias):
         return "autograd records the call"
     return None
 

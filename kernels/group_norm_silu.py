@@ -15,9 +15,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastldm.kernels.launch import TYPES, device_of, implement, on_device, records_gradients
+from fastldm.kernels.launch import TYPES, device_of, implement, on_device
 from fastldm.kernels.tuned import choose
 from fastldm.ops.norm import group_norm_silu
+from fastldm.ops.raw import records
 
 MOST_CHANNELS = 2**16
 
@@ -321,7 +322,7 @@ def _refuses(
             return f"row_bias is {row_bias.dtype}, not one of {TYPES}"
         if row_bias.shape != x.shape[:2] or (channels > 1 and row_bias.stride(1) != 1):
             return "row_bias is not [N, C] with neighbouring channels"
-    if records_gradients(x, weight, bias, row_bias):
+    if records(x, weight, bias, row_bias):
         return "autograd records the call"
     return None
 

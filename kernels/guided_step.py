@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastldm.kernels.launch import TYPES, device_of, implement, on_device, records_gradients
-from fastldm.ops.sampling import CLAMP, guided_step
+from fastldm.kernels.launch import TYPES, device_of, implement, on_device
+from fastldm.ops.raw import refuses_guided_step
+from fastldm.ops.sampling import guided_step
 
 # The columns of a sampler table from x0_x on, as `fastldm.ops.sampling` numbers them.
 FIRST_COLUMN = tl.constexpr(1)
@@ -138,33 +138,12 @@ def _refuses(
     table: Tensor,
     step: Tensor,
 ) -> str | None:
-    images = (latents, x0, model_input, out) if noise is None else (latents, x0, model_input, out, noise)
-    if why := on_device(*images, table, step):
+    if why := on_device(latents, x0, model_input, out, noise, table, step):
         return why
-    if any(tensor is not None and tensor.dtype != torch.float32 for tensor in (latents, x0, noise, table)):
-        return "latents, x0, noise and table are not all float32"
-    if out.dtype not in TYPES or model_input.dtype != out.dtype:
-        return f"model_input and out are not both of one type of {TYPES}"
-    if latents.dim() != 4 or latents.numel() == 0 or latents.shape[0] > MOST_SLOTS:
-        return f"latents are not [B, C, H, W] with 1 to {MOST_SLOTS} slots"
-    slots, shape = latents.shape[0], latents.shape[1:]
-    if x0.shape != latents.shape or (noise is not None and noise.shape != latents.shape):
-        return "x0 or noise has not the shape of latents"
-    for tensor in (model_input, out):
-        if tensor.shape[1:] != shape or tensor.shape[0] not in (slots, 2 * slots):
-            return "model_input or out is not [B or 2B, C, H, W]"
-    for tensor in images:
-        if not (tensor.is_contiguous() or tensor.is_contiguous(memory_format=torch.channels_last)):
-            return "a tensor is in neither contiguous nor channels-last memory"
-    if table.dim() != 3 or table.shape[0] not in (1, slots) or table.shape[2] <= CLAMP:
-        return "table is not [B or 1, rows, 9]"
-    if step.dtype != torch.int64 or step.shape != (slots,):
-        return "step is not int64 [B]"
-    if not (table.is_contiguous() and step.is_contiguous()):
-        return "table or step is not contiguous"
-    if records_gradients(*images):
-        return "autograd records the call"
-    return None
+    if latents.shape[0] > MOST_SLOTS:
+        return f"there are more than {MOST_SLOTS} slots"
+    call = latents, x0, model_input, out, noise, table, step
+    return refuses_guided_step(latents.device.type, TYPES, *call)
 
 
 guided_step.register("triton", _refuses)(

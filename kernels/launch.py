@@ -13,7 +13,7 @@ import torch
 import triton
 from torch import Tensor
 
-__all__ = ["INTERPRETED", "TYPES", "device_of", "implement", "library", "on_device", "records_gradients"]
+__all__ = ["INTERPRETED", "TYPES", "device_of", "implement", "library", "on_device"]
 
 INTERPRETED: bool = triton.knobs.runtime.interpret
 # NumPy, and so the interpreter, has no bfloat16: its products come out as garbage there.
@@ -48,9 +48,3 @@ def on_device(*tensors: Tensor | None) -> str | None:
 def device_of(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
     """Triton launches on the current device: make it the tensor's."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
-
-
-def records_gradients(*tensors: Tensor | None) -> bool:
-    """Whether autograd wants to record a call: the kernels have no backward."""
-    wanted = (tensor is not None and tensor.requires_grad for tensor in tensors)
-    return torch.is_grad_enabled() and any(wanted)

@@ -7,8 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastldm.kernels.launch import TYPES, device_of, implement, on_device, records_gradients
+from fastldm.kernels.launch import TYPES, device_of, implement, on_device
 from fastldm.ops.norm import layer_norm
+from fastldm.ops.raw import records
 
 ELEMENTS, WARPS = 2048, 4  # of a program that takes several short rows
 WIDEST = 16384  # channels that one program can hold
@@ -144,7 +145,7 @@ def _refuses(
     for tensor in (weight, bias, scale, shift):
         if tensor is not None and tensor.dtype not in (x.dtype, torch.float32):
             return "weight, bias, scale or shift has neither x's dtype nor float32"
-    if records_gradients(x, weight, bias, scale, shift):
+    if records(x, weight, bias, scale, shift):
         return "autograd records the call"
     return None
 

@@ -186,15 +186,15 @@ def test_refused_calls_fall_back_or_say_why() -> None:
     shape = case["latents"].shape
     refused = {
         "neither contiguous": {"latents": torch.randn(*shape[:3], 2 * shape[3])[..., ::2]},
-        "not both of one type": {
+        "not alike in": {
             "out": case["out"].bfloat16(),
             "model_input": case["model_input"].bfloat16(),
         },
-        "not all float32": {"table": case["table"].double()},
-        "table or step is not contiguous": {"step": case["step"].repeat_interleave(2)[::2]},
+        r"table is not float32 \[B or 1": {"table": case["table"].double()},
+        "or it or table is not contiguous": {"step": case["step"].repeat_interleave(2)[::2]},
         "not the shape": {"noise": case["noise"][..., :1].contiguous()},
         r"not \[B or 2B": {"out": case["out"].repeat(2, 1, 1, 1)},
-        "1 to 65535 slots": {name: torch.empty(0, *shape[1:]) for name in ("latents", "x0", "noise")},
+        "latents are not": {name: torch.empty(0, *shape[1:]) for name in ("latents", "x0", "noise")},
         "several devices": {"out": case["out"].to("meta")},
         "autograd": {"out": case["out"].clone().requires_grad_()},
     }
