@@ -59,7 +59,6 @@ def test_seconds_have_three_digits_and_a_unit() -> None:
 
 
 def test_the_quick_suite_runs() -> None:
-    pytest.importorskip("pytest_benchmark")
     options = ["benchmarks", "--benchmark-only", "--quick", "-q", "-k", "import or op or unet"]
     ran = subprocess.run(
         [sys.executable, "-m", "pytest", *options, "-p", "no:cacheprovider"],

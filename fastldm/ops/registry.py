@@ -96,8 +96,6 @@ def missing(backend: str) -> str | None:
         return None
     if backend not in AUTOMATIC:
         return f"unknown backend; known are {', '.join(AUTOMATIC)}"
-    if backend not in PROVIDERS:
-        return "this build of fastldm has no kernels for it"
     interpreted = backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
     if backend in ("cuda", "triton") and not interpreted and not torch.cuda.is_available():
         return "no CUDA device"
