@@ -33,6 +33,7 @@ OPENMP = ["-fopenmp"] if sys.platform == "linux" else []
 FLAGS = ["-std=c++17", "-g0", "-fvisibility=hidden", "-Wall", "-Wextra", *OPENMP]
 # Contraction to fused multiply-adds is asked for, since -std=c++17 alone may turn it off.
 KERNEL_FLAGS = [*FLAGS, "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi"]
+KERNEL_FLAGS += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]  # GCC 12 warns of its own immintrin.h
 
 
 class BuildKernels(build_ext):

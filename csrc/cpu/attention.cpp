@@ -21,23 +21,31 @@ constexpr int64_t WORK =
     Attention::HEAD_DIM * TILE;  // words: one tile of the largest head, or several of a smaller one
 constexpr int64_t MOST_TILES = 8;
 
-// 2^x for x <= 0, exactly 0 below -127: with x = n + r, 2^n p(r), where p is the minimax polynomial over |r| <= 1/2.
-// Its error for results of type float is 1.1e-7, for bfloat16 2.8e-6.
+// 2^x for x <= 0, exactly 0 far below: with x = n + r, 2^n p(r), where p is the minimax polynomial over |r| <= 1/2. Its
+// error for results of type float is 1.1e-7; for bfloat16 1.0e-4, a twentieth of what rounding to it costs.
 template <typename E>
 FASTLDM_INLINE Floats exp2_to_one(Floats x) {
+#ifdef __AVX512F__
+    const Floats n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), r = x - n;
+#else
     const Floats to_integer =
         splat(12582912.0f + 127.0f);  // 1.5 * 2^23: the low bits hold n + 127, the exponent of 2^n
     const Floats bounded = larger(splat(-127.0f), x);
-    const Floats shifted = bounded + to_integer, r = bounded - (shifted - to_integer), r2 = r * r;
+    const Floats shifted = bounded + to_integer, r = bounded - (shifted - to_integer);
+#endif
     Floats p;
     if (sizeof(E) == sizeof(float)) {
-        const Floats high = (r * 0x1.5bb9aap-10f + 0x1.3cea88p-7f) * r2 + (r * 0x1.c6b754p-5f + 0x1.ebf9bcp-3f);
+        const Floats r2 = r * r,
+                     high = (r * 0x1.5bb9aap-10f + 0x1.3cea88p-7f) * r2 + (r * 0x1.c6b754p-5f + 0x1.ebf9bcp-3f);
         p = high * r2 + (r * 0x1.62e42ap-1f + 1.0f);
     } else {
-        const Floats high = r * 0x1.3a0268p-7f + 0x1.c9fc46p-5f;
-        p = (high * r + 0x1.ec0378p-3f) * r2 + (r * 0x1.62e12cp-1f + 1.0f);
+        p = ((r * 0x1.c2a222p-5f + 0x1.f00c54p-3f) * r + 0x1.62f5fap-1f) * r + 1.0f;
     }
+#ifdef __AVX512F__
+    return _mm512_scalef_ps(p, n);  // 0 where n is -inf, and NaN stays NaN
+#else
     return p * reinterpret_cast<Floats>(reinterpret_cast<Ints>(shifted) << 23);  // a product, so that NaN stays NaN
+#endif
 }
 
 FASTLDM_INLINE Floats words(Words bits) { return reinterpret_cast<Floats>(bits); }
@@ -48,7 +56,7 @@ struct Single {
     using Element = E;
     static constexpr int SIZE = 1;  // elements in a word
 
-    static Floats load_words(const E* from, int count) { return count == LANES ? load(from) : load(from, 1, count); }
+    static Floats load_words(const E* from, int count) { return load(from, count); }
     static Floats load_column(const E* from, int64_t, bool, int count) { return load_words(from, count); }
     static Floats weights(Floats even, Floats) { return even; }
     static Floats multiply_add(Floats a, Floats b, Floats sum) { return a * b + sum; }
@@ -59,20 +67,13 @@ struct Pair {
     using Element = bfloat16;
     static constexpr int SIZE = 2;
 
-    static Halves halves(const bfloat16* from, int count) {
-        Halves values{};
-        std::memcpy(&values, from, static_cast<size_t>(count) * sizeof *from);
-        return values;
-    }
     static Floats load_words(const bfloat16* from, int count) {
-        Floats values{};
-        std::memcpy(&values, from, static_cast<size_t>(count) * sizeof(float));
-        return values;
+        return load(reinterpret_cast<const float*>(from), count);
     }
     // Pairs of neighbours in a column: `count` columns of this token and, if there is one, the next.
     static Floats load_column(const bfloat16* from, int64_t token, bool has_next, int count) {
-        const Words first = extend(halves(from, count));
-        return words(has_next ? first | extend(halves(from + token, count)) << 16 : first);
+        const Words first = extend(load_halves(from, count));
+        return words(has_next ? first | extend(load_halves(from + token, count)) << 16 : first);
     }
 #ifdef __AVX512BF16__
     static Floats weights(Floats even, Floats odd) {
@@ -98,11 +99,22 @@ struct Pair {
 
 FASTLDM_INLINE int at_most(int64_t value, int most) { return value < most ? static_cast<int>(value) : most; }
 
-// LANES / ROWS panels side by side: each takes ROWS words of the vector.
+typedef float PanelRow __attribute__((vector_size(4 * ROWS)));
+
+template <int... J>
+FASTLDM_INLINE void store_in_panels(float* to, int64_t panel, Floats values, Indices<J...>) {
+    const PanelRow low = __builtin_shufflevector(values, values, J...);
+    std::memcpy(to, &low, sizeof low);
+    if constexpr (LANES == 2 * ROWS) {
+        const PanelRow high = __builtin_shufflevector(values, values, ROWS + J...);
+        std::memcpy(to + panel, &high, sizeof high);
+    }
+}
+
+// LANES / ROWS panels side by side, one or two: each takes ROWS words of the vector.
 FASTLDM_INLINE void store_in_panels(float* to, int64_t panel, Floats values) {
-    float lanes[LANES];
-    store(lanes, values);
-    for (int i = 0; i < LANES; i += ROWS) std::memcpy(to + i / ROWS * panel, lanes + i, ROWS * sizeof(float));
+    static_assert(LANES == ROWS || LANES == 2 * ROWS);
+    store_in_panels(to, panel, values, typename Count<ROWS>::Type());
 }
 
 // `count` words of each of `tokens` tokens (both at most LANES, the rest zero), transposed: block[t] is word t of each.
@@ -145,7 +157,7 @@ void pack_values(const Attention& a, const typename W::Element* v, int64_t keys,
             if (count == LANES)
                 store_in_panels(to + c * depth + t * ROWS, depth * ROWS, values);
             else
-                store(to + c * depth + t * ROWS, 1, count, values);  // head_dim is a multiple of ROWS
+                store(to + c * depth + t * ROWS, count, values);  // head_dim is a multiple of ROWS
         }
     }
 }
@@ -194,7 +206,6 @@ void begin(const Attention& a, const typename W::Element* q, Tile& tile) {
         store(tile.highest + v * LANES, splat(-__builtin_inff()));
         store(tile.total + v * LANES, Floats{});
     }
-    for (int64_t i = 0; i < a.head_dim * V; ++i) store(tile.sums + i * LANES, Floats{});
 }
 
 // Takes the first `count` keys of a block into account.
@@ -208,47 +219,62 @@ __attribute__((noinline)) void advance(const Attention& a, Tile& tile, const Blo
     for (int lane = 0; lane < LANES; ++lane) query[lane] = lane;
     Floats highest[V], scale[V], total[V] = {};
     for (int v = 0; v < V; ++v) highest[v] = load(tile.highest + v * LANES);
+    const auto keep = [&](int64_t key, int v, Floats score) __attribute__((always_inline)) {
+        highest[v] = larger(score, highest[v]);
+        store(scores + (key * V + v) * LANES, score);
+    };
 
     for (int64_t key = 0; key < count; key += ROWS) {
         Floats sums[ROWS][V];
         multiply<W, V>(block.keys + key * depth, tile.queries, depth, sums);
+        if (!masks && key + ROWS <= count) {  // the sums stay in registers
+            for (int i = 0; i < ROWS; ++i)
+                for (int v = 0; v < V; ++v) keep(key + i, v, sums[i][v]);
+            continue;
+        }
+        float at_rest[ROWS][V][LANES];
+        std::memcpy(at_rest, sums, sizeof at_rest);
         for (int i = 0; i < ROWS && key + i < count; ++i)
             for (int v = 0; v < V; ++v) {
-                Floats score = sums[i][v] * a.scale;
-                if (masks) {
-                    const auto its_own = static_cast<int32_t>(block.first + key + i - tile.first) - v * LANES;
-                    score = query < its_own ? splat(-__builtin_inff()) : score;
-                }
-                highest[v] = larger(score, highest[v]);
-                store(scores + ((key + i) * V + v) * LANES, score);
+                const auto its_own = static_cast<int32_t>(block.first + key + i - tile.first) - v * LANES;
+                const Floats score = load(at_rest[i][v]);
+                keep(key + i, v, masks ? (query < its_own ? splat(-__builtin_inff()) : score) : score);
             }
     }
     for (int v = 0; v < V; ++v) {
-        scale[v] = exp2_to_one<E>(load(tile.highest + v * LANES) - highest[v]);
+        scale[v] = exp2_to_one<E>((load(tile.highest + v * LANES) - highest[v]) * a.scale);
         store(tile.highest + v * LANES, highest[v]);
+        highest[v] *= a.scale;
     }
 
     const int64_t weights = depth_of<W>(count);
     for (int64_t t = 0; t < weights; ++t)
         for (int v = 0; v < V; ++v) {
             const auto weight = [&](int64_t key) __attribute__((always_inline)) {
-                return key < count ? exp2_to_one<E>(load(scores + (key * V + v) * LANES) - highest[v]) : Floats{};
+                return exp2_to_one<E>(load(scores + (key * V + v) * LANES) * a.scale - highest[v]);
             };
-            const Floats even = weight(t * W::SIZE), odd = W::SIZE == 2 ? weight(t * W::SIZE + 1) : Floats{};
+            const bool whole = W::SIZE == 2 && t * 2 + 1 < count;
+            const Floats even = weight(t * W::SIZE), odd = whole ? weight(t * 2 + 1) : Floats{};
             total[v] += W::SIZE == 2 ? even + odd : even;
             store(scores + (t * V + v) * LANES, W::weights(even, odd));
         }
     for (int v = 0; v < V; ++v) store(tile.total + v * LANES, load(tile.total + v * LANES) * scale[v] + total[v]);
 
     const int64_t panel = depth_of<W>(block.count);
+    const bool begins = block.first == 0;
     for (int64_t c = 0; c < a.head_dim; c += ROWS) {
         Floats sums[ROWS][V];
+        float* const to = tile.sums + c * V * LANES;
         multiply<W, V>(block.values + c * panel, scores, weights, sums);
-        for (int i = 0; i < ROWS; ++i)
-            for (int v = 0; v < V; ++v) {
-                float* to = tile.sums + ((c + i) * V + v) * LANES;
-                store(to, load(to) * scale[v] + sums[i][v]);
-            }
+        if (begins)
+            for (int i = 0; i < ROWS; ++i)
+                for (int v = 0; v < V; ++v) store(to + (i * V + v) * LANES, sums[i][v]);
+        else
+            for (int i = 0; i < ROWS; ++i)
+                for (int v = 0; v < V; ++v) {
+                    float* const so_far = to + (i * V + v) * LANES;
+                    store(so_far, load(so_far) * scale[v] + sums[i][v]);
+                }
     }
 }
 
@@ -258,7 +284,7 @@ void finish(const Attention& a, E* result, const Tile& tile) {
         const int64_t query = tile.first + v * LANES;
         const int queries = at_most(a.queries - query, LANES);
         const Floats total = load(tile.total + v * LANES);
-        const Floats share = total == 0.0f ? Floats{} : 1.0f / total;  // no keys at all give zero, as in PyTorch
+        const Floats share = total == 0.0f ? Floats{} : 1.0f / total;
         for (int64_t c = 0; c < a.head_dim; c += LANES) {
             const int count = at_most(a.head_dim - c, LANES);
             Floats block[LANES];
@@ -270,7 +296,7 @@ void finish(const Attention& a, E* result, const Tile& tile) {
                 if (count == LANES)
                     store(to, block[i]);
                 else
-                    store(to, 1, count, block[i]);
+                    store(to, count, block[i]);
             }
         }
     }
@@ -338,6 +364,7 @@ void attend(const Attention& a, const Head<W>& head, int64_t first, int64_t quer
         tile.first = first + i * TILE;
         with_vectors(a, tile, [&](auto vectors) { begin<W, vectors.COUNT>(a, head.q, tile); });
     }
+    if (head.keys == 0) std::memset(sums, 0, sizeof sums);  // no keys at all give zero, as in PyTorch
     for (int64_t key = 0; key < head.keys; key += KEYS) {
         const Block block = head.block(a, key);
         for (int64_t i = 0; i < count; ++i) {

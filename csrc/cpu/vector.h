@@ -106,6 +106,37 @@ FASTLDM_INLINE void store(T* to, int64_t stride, int count, Floats values) {
     for (int i = 0; i < count; ++i) to[i * stride] = lanes[i];
 }
 
+// The first `count` lanes of neighbours in memory; the others read as zero and are not written.
+#ifdef __AVX512BW__
+FASTLDM_INLINE uint32_t first_lanes(int count) { return (1u << count) - 1; }
+
+FASTLDM_INLINE Floats load(const float* from, int count) {
+    return _mm512_maskz_loadu_ps(static_cast<__mmask16>(first_lanes(count)), from);
+}
+FASTLDM_INLINE Halves load_halves(const bfloat16* from, int count) {
+    return reinterpret_cast<Halves>(_mm256_maskz_loadu_epi16(static_cast<__mmask16>(first_lanes(count)), from));
+}
+FASTLDM_INLINE void store(float* to, int count, Floats values) {
+    _mm512_mask_storeu_ps(to, static_cast<__mmask16>(first_lanes(count)), values);
+}
+FASTLDM_INLINE void store(bfloat16* to, int count, Floats values) {
+    const Halves halves = truncate(rounded(values));
+    _mm256_mask_storeu_epi16(to, static_cast<__mmask16>(first_lanes(count)), reinterpret_cast<__m256i>(halves));
+}
+#else
+FASTLDM_INLINE Floats load(const float* from, int count) { return load(from, 1, count); }
+FASTLDM_INLINE Halves load_halves(const bfloat16* from, int count) {
+    Halves halves{};
+    std::memcpy(&halves, from, static_cast<size_t>(count) * sizeof *from);
+    return halves;
+}
+template <typename T>
+FASTLDM_INLINE void store(T* to, int count, Floats values) {
+    store(to, 1, count, values);
+}
+#endif
+FASTLDM_INLINE Floats load(const bfloat16* from, int count) { return widen(load_halves(from, count)); }
+
 // NaN in `value` stays NaN, as in torch.clamp.
 FASTLDM_INLINE Floats clamp(Floats value, Floats low, Floats high) {
     value = value < low ? low : value;
