@@ -37,8 +37,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "pipeline": {*STAGES, *FRONT, *MODELS},
     "api": {"pipeline", *STAGES, *FRONT, *MODELS},
     "doctor": {"ops", "errors"},
+    "tuning": {"kernels", *STAGES, *MODELS},
     "serve": {"api", "pipeline", *STAGES, *FRONT, *MODELS},
-    "cli": {"api", "pipeline", "doctor", "serve", "training", *STAGES, *FRONT, *MODELS},
+    "cli": {"api", "pipeline", "doctor", "serve", "training", "tuning", *STAGES, *FRONT, *MODELS},
     "__init__": {"api", "pipeline", "result", "errors"},
     "__main__": {"cli"},
 }
