@@ -146,7 +146,7 @@ def tune(options: dict[str, Any]) -> None:
     compile_only, targets = options.pop("compile_only", False), options.pop("target", None)
     if compile_only:
         for name, value in options.items():
-            raise InvalidArgument(name, value, "not beside --compile-only")
+            raise InvalidArgument(name, value, "nothing beside --compile-only")
         print(f"{tuning.compile_only(targets)} kernels compiled")
     elif targets is not None:
         raise InvalidArgument("target", " ".join(targets), "only beside --compile-only")

@@ -49,8 +49,10 @@ def _group_norm_silu(x: Any, weight: Any, bias: Any, groups: int, *_: Any) -> li
     return [default, blocks(together, 32, 1, 4)]
 
 
-def _conv2d(*_: Any) -> list[Any]:
+def _conv2d(x: Any, *_: Any) -> list[Any]:
     tiles = conv2d.Tiles
+    if x.dtype == torch.float32:
+        return [tiles(64, 64, 32, 1, 4, 2), tiles(64, 64, 32, 8, 4, 2)]
     return [
         conv2d.TILES,
         tiles(128, 64, 64, 1, 4, 4),
