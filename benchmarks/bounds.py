@@ -119,6 +119,19 @@ class Line:
     targets: list[Target]
     count: int = 0
 
+    def seconds(self, machine: Machine) -> float:
+        """Of all of them, at best."""
+        return self.count * self.work.bound(machine)[0]
+
+    def row(self, machine: Machine) -> str:
+        """Shape, count, and of one call what it moves and computes, its time at best and what is wanted."""
+        seconds, by = self.work.bound(machine)
+        wanted = "; ".join(map(str, self.targets)) or "one launch"
+        return (
+            f"{self.shape} | {self.count} | {self.work.bytes / 1e6:.1f} | {self.work.operations / 1e9:.2f}"
+            f" | {1e6 * seconds:.1f} | {by} | {wanted}"
+        )
+
 
 def lines(calls: Iterable[Call], machine: Machine) -> list[Line]:
     """The calls by op and shape of the tensors."""
@@ -133,31 +146,25 @@ def lines(calls: Iterable[Call], machine: Machine) -> list[Line]:
     return list(found.values())
 
 
-def prediction(machine: Machine = H200, heaviest: int = 2) -> str:
-    """A table of one guided step of SD1.5 and one decode at 512 pixels, bfloat16: by op the sum and the
-    heaviest shapes, with bytes, operations, the time at best and what issue 3 wants.
+def prediction(machine: Machine = H200) -> str:
+    """Two tables of one guided step of SD1.5 and one decode at 512 pixels, bfloat16: every op and shape with
+    its bytes, operations, time at best and what issue 3 wants; then each op's sum and its heaviest shape.
     """
     from fastldm.tuning import calls_of
 
     calls = calls_of("sd15", torch.bfloat16)
     split = next(i for i, call in enumerate(calls) if call.op == "guided_step") + 1
-    head = f"| {machine.name}, one call | calls | MB | GFLOP | at best, µs | bound by | wanted |"
-    made = [head, "| --- | --- | --- | --- | --- | --- | --- |"]
+    columns = "MB | GFLOP | at best, µs | bound by | wanted"
+    full = [f"| {machine.name} | calls | {columns} |", "| --- |" + " --- |" * 6]
+    short = [f"| {machine.name} | calls | all, µs | heaviest | calls | {columns} |", "| --- |" + " --- |" * 9]
     for phase, part in (("step", calls[:split]), ("decode", calls[split:])):
-        everything = lines(part, machine)
-        total = sum(line.count * line.work.bound(machine)[0] for line in everything)
-        made.append(f"| **{phase}, all** | {len(part)} | | | {1e6 * total:.0f} | | |")
+        everything = sorted(lines(part, machine), key=lambda line: (line.op, -line.seconds(machine)))
+        total = sum(line.seconds(machine) for line in everything)
+        short.append(f"| **{phase}** | {len(part)} | **{1e6 * total:.0f}** |" + " |" * 7)
+        full += [f"| {phase}: {line.op} {line.row(machine)} |" for line in everything]
         for op in sorted({line.op for line in everything}):
             ours = [line for line in everything if line.op == op]
-            ours.sort(key=lambda line: -line.count * line.work.bound(machine)[0])
-            total = sum(line.count * line.work.bound(machine)[0] for line in ours)
-            made.append(f"| {op}, all | {sum(line.count for line in ours)} | | | {1e6 * total:.1f} | | |")
-            for line in ours[:heaviest]:
-                seconds, by = line.work.bound(machine)
-                moved, computed = line.work.bytes / 1e6, line.work.operations / 1e9
-                wanted = "; ".join(map(str, line.targets)) or "one launch"
-                made.append(
-                    f"| {op} {line.shape} | {line.count} | {moved:.1f} | {computed:.2f} | {1e6 * seconds:.1f}"
-                    f" | {by} | {wanted} |"
-                )
-    return "\n".join(made)
+            total = sum(line.seconds(machine) for line in ours)
+            calls_in_all = sum(line.count for line in ours)
+            short.append(f"| {op} | {calls_in_all} | {1e6 * total:.1f} | {ours[0].row(machine)} |")
+    return "\n".join([*full, "", *short])

@@ -96,6 +96,16 @@ def table(device: str) -> Table:
     return found
 
 
+def summary(device: str) -> dict[str, str]:
+    """Of each op that was measured on a device of this name: {op: "9 shapes, 2 of them left to PyTorch"}."""
+    told = {}
+    for op, shapes in table(device).items():
+        left = [found["rival"] for found in shapes.values() if "rival" in found]
+        lost = f", {len(left)} of them left to {', '.join(sorted(set(left)))}" if left else ""
+        told[op] = f"{len(shapes)} shape{'s' * (len(shapes) != 1)}{lost}"
+    return told
+
+
 def read(file: Path) -> Table:
     """A table; empty if there is no such file, and with a warning if it is damaged."""
     if not file.is_file():

@@ -36,7 +36,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "training": {"checkpoint", "scenes", *MODELS},
     "pipeline": {*STAGES, *FRONT, *MODELS},
     "api": {"pipeline", *STAGES, *FRONT, *MODELS},
-    "doctor": {"ops", "errors"},
+    "doctor": {"kernels", "ops", "errors"},
     "tuning": {"kernels", *STAGES, *MODELS},
     "serve": {"api", "pipeline", *STAGES, *FRONT, *MODELS},
     "cli": {"api", "pipeline", "doctor", "serve", "training", "tuning", *STAGES, *FRONT, *MODELS},

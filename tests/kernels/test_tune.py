@@ -240,6 +240,20 @@ def test_a_table_is_read_back_and_grows(cache: Path) -> None:
     assert [file.name for file in cache.parent.iterdir()] == ["cpu.json"]
 
 
+def test_doctor_tells_what_was_measured(cache: Path) -> None:
+    from types import SimpleNamespace
+
+    from fastldm import doctor
+
+    entries = {"1": {"sizes": {"rows": 16}}, "2": {"rival": "PyTorch"}, "3": {"rival": "PyTorch"}}
+    tuning.write(cache, {"geglu": entries, "conv2d": {"1": {"sizes": {"rows": 16}}}})
+    gpus = SimpleNamespace(device_count=lambda: 2, get_device_name=["cpu", "NVIDIA H200"].__getitem__)
+    assert doctor._tuned(SimpleNamespace(cuda=gpus)) == {
+        "cuda:0": {"conv2d": "1 shape", "geglu": "3 shapes, 2 of them left to PyTorch"},
+        "cuda:1": "nothing measured: `fastldm tune`",
+    }
+
+
 @pytest.mark.parametrize(
     "text",
     ["{", "[]", '{"geglu": []}', '{"geglu": {"a": 3}}', '{"geglu": {"a": {}}}', "\xff"]
