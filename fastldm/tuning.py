@@ -54,7 +54,9 @@ def calls_of(model: str, dtype: torch.dtype) -> list[Call]:
         shape = unet.config
         latents = torch.empty(1, shape.latent_channels, shape.sample_size, shape.sample_size)
         context = torch.empty(2, TOKENS, shape.cross_attention_dim, dtype=dtype)
-        condition = unet.condition(context, torch.empty(1))
+        beside = shape.in_channels - shape.latent_channels  # a mask and masked latents
+        concat = torch.empty(2, beside, *latents.shape[2:], dtype=dtype) if beside else None
+        condition = unet.condition(context, torch.empty(1), concat)
         slots = Slots.of(latents, torch.empty(2, 9), True, dtype)
         with recording() as calls:
             advance(slots, lambda x, step: unet(x, condition, step), None)
@@ -99,6 +101,8 @@ def run(
             now=time.monotonic,
             report=report or _to_stderr,
         )
+    if not made:
+        raise BackendUnavailable("fastldm tune: nothing could be measured")
     write(file, made)
     return file
 

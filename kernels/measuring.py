@@ -37,7 +37,7 @@ def capture(run: Run) -> tuple[torch.cuda.CUDAGraph, int]:
             run()
         once = _elapsed(run)
     torch.cuda.current_stream().wait_stream(aside)
-    calls = max(1, min(CALLS, int(REPLAY / once)))
+    calls = max(1, min(CALLS, int(REPLAY / max(once, 1e-6))))
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for _ in range(calls):

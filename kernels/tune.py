@@ -79,9 +79,11 @@ def tune(
     began, table = now(), dict[str, dict[str, Entry]]()
     left = []
     for shape in shapes(calls):
-        arguments = fill(shape.op, shape.arguments, device)
-        plain = ops.OPS[shape.op].reference
-        spent = race({SERVES: lambda run=plain, given=arguments: run(*given)})[SERVES]  # type: ignore[misc]
+        try:
+            spent = race({SERVES: _bound(shape, device)})[SERVES]
+        except RuntimeError as error:
+            report(f"{shape.op} {shape.key}: not measured: {_short(error)}")
+            continue
         left.append((spent * shape.count, shape))
     left.sort(key=lambda each: each[0], reverse=True)
     while left and now() - began < seconds:
@@ -99,6 +101,11 @@ def tune(
     if left:
         report(f"out of time: {len(left)} shapes were not measured")
     return table
+
+
+def _bound(shape: Shape, device: torch.device) -> Run:
+    reference, arguments = ops.OPS[shape.op].reference, fill(shape.op, shape.arguments, device)
+    return lambda: reference(*arguments)
 
 
 def measure(
