@@ -176,7 +176,7 @@ def test_work_is_that_of_the_definitions() -> None:
     assert told.bytes == x.nbytes + weight.nbytes + 2 * (2 * 640 * 32 * 32)
 
 
-def test_the_prediction_holds_the_flops_of_a_step_and_a_decode() -> None:
+def test_the_prediction_holds_the_flops_of_a_step_and_a_decode(capsys: pytest.CaptureFixture[str]) -> None:
     """1.607 and 2.515 TFLOP, less what `condition` does once a request. (performance notes, section 2)"""
     listed = tuning.calls_of("sd15", torch.bfloat16)
     split = next(i for i, call in enumerate(listed) if call.op == "guided_step") + 1
@@ -185,6 +185,7 @@ def test_the_prediction_holds_the_flops_of_a_step_and_a_decode() -> None:
         for part in (listed[:split], listed[split:])
     ]
     assert sums[0] == pytest.approx(1.607, rel=0.01) and sums[1] == pytest.approx(2.515, rel=0.005)
-    done = bounds.prediction().splitlines()
+    assert gpu.main(["--predict"]) == 0
+    done = capsys.readouterr().out.splitlines()
     assert any(line.startswith("| **step** | 368 ") for line in done)
     assert any("attention 2x8x4096x40" in line and "≥ 1.3 × SDPA" in line for line in done)
