@@ -139,7 +139,7 @@ SHAPES: dict[str, tuple[Callable[..., Call], list[Shape]]] = {
     "attention": (attention, ATTENTION),
     "group_norm_silu": (group_norm_silu, UNET + VAE),
     "guided_step": (guided_step, [(1, 4, 64), (8, 4, 64), (1, 16, 128)]),
-    "conv2d": (conv2d, [(2, 128, 8), (2, 1280, 8), (2, 1280, 16)]),
+    "conv2d": (conv2d, [(2, 128, 8), (2, 1280, 8), (2, 1280, 16), (2, 640, 32), (2, 320, 64)]),
     "geglu": (geglu, TOKENS),
     "layer_norm": (layer_norm, TOKENS),
     "upsample_conv": (

@@ -1,4 +1,4 @@
-"""The command line: fastldm generate | info | convert | doctor | train.
+"""The command line: fastldm generate | info | convert | doctor | train | tune.
 
 Every error of the user's is one line on stderr and exit code 2. Nothing but argparse is imported before a
 command runs, so that --help and --version answer at once. Options of `generate` have no defaults here: what
@@ -139,6 +139,21 @@ def train(options: dict[str, Any]) -> None:
     run.main(options["config"])
 
 
+def tune(options: dict[str, Any]) -> None:
+    """Measure this GPU's kernels at a model's shapes against PyTorch's, and keep which is faster where."""
+    from fastldm import tuning
+
+    compile_only, targets = options.pop("compile_only", False), options.pop("target", None)
+    if compile_only:
+        for name, value in options.items():
+            raise InvalidArgument(name, value, "nothing beside --compile-only")
+        print(f"{tuning.compile_only(targets)} kernels compiled")
+    elif targets is not None:
+        raise InvalidArgument("target", " ".join(targets), "only beside --compile-only")
+    else:
+        print(tuning.run(**options))
+
+
 def _replayed(path: str, options: Facts, loading: Facts) -> tuple[str, dict[str, Any]]:
     """The model and the arguments that a PNG records; options given beside --replay go before them."""
     from fastldm import images
@@ -270,6 +285,25 @@ def _parser() -> Parser:
     command = commands.add_parser("train", help=train.__doc__, argument_default=argparse.SUPPRESS)
     command.set_defaults(run=train)
     command.add_argument("config", metavar="CONFIG.toml", help="what to train, on what, for how long")
+
+    command = commands.add_parser("tune", help=tune.__doc__, argument_default=argparse.SUPPRESS)
+    command.set_defaults(run=tune)
+    add = command.add_argument
+    add("--model", metavar="NAME", help="whose shapes: sd15 (the default), sd21, default, or a model's path")
+    add("--ops", metavar="NAMES", help="attention,conv2d,... (all that have a kernel)")
+    add("--minutes", type=float, metavar="N", help="stop after about so long (as long as it takes)")
+    add("--out", metavar="FILE", help="the table (this machine's own, in FASTLDM_CACHE)")
+    add(
+        "--compile-only",
+        action="store_true",
+        help="measure nothing: compile the shipped kernels; needs no GPU",
+    )
+    add(
+        "--target",
+        nargs="+",
+        metavar="GPU",
+        help="with --compile-only: sm_80, sm_90, ... (this machine's, or those)",
+    )
     return parser
 
 

@@ -36,7 +36,7 @@ def diagnose() -> dict[str, Any]:
         return facts | {"devices": f"torch cannot be imported: {error}"}
     capability = torch.backends.cpu.get_cpu_capability()
     facts["cpu"]["torch uses"] = f"{capability}, {torch.get_num_threads()} threads"
-    return facts | {"devices": _devices(torch)} | _backends()
+    return facts | {"devices": _devices(torch)} | _backends() | {"tuned": _tuned(torch)}
 
 
 def _version(name: str) -> str:
@@ -76,6 +76,18 @@ def _devices(torch: Any) -> dict[str, str]:
             memory = f"{found.total_memory / 2**30:.0f} GiB"
             devices[f"cuda:{index}"] = f"{found.name}, sm_{found.major}{found.minor}, {memory}"
     return devices
+
+
+def _tuned(torch: Any) -> dict[str, Any]:
+    """For each CUDA device, the shapes that `fastldm tune` measured, by op; a kernel refuses those left to a
+    rival.
+    """
+    from fastldm.kernels import tuned
+
+    names = {f"cuda:{i}": torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())}
+    return {
+        device: tuned.summary(name) or "nothing measured: `fastldm tune`" for device, name in names.items()
+    }
 
 
 def _backends() -> dict[str, Any]:

@@ -30,7 +30,7 @@ from fastldm.kernels.flash import (
     walk,
 )
 from fastldm.kernels.launch import INTERPRETED, TYPES, device_of, implement, on_device
-from fastldm.kernels.tuned import choose
+from fastldm.kernels.tuned import beaten, choose
 from fastldm.ops.attention import attention
 from fastldm.ops.raw import records
 
@@ -63,6 +63,14 @@ def blocks(head_dim: int, keys: int, causal: bool = False) -> Blocks:
     if head_dim > 80:
         return Blocks(128 if head_dim <= 128 else 64, 32, 8, 2)
     return Blocks(128, 64, 8, 3 if head_dim <= 64 and not causal else 2)
+
+
+def shape_of(
+    q: Tensor, k: Tensor, v: Tensor, key_lengths: Tensor | None = None, causal: bool = False
+) -> tuple[object, ...]:
+    """What a call's line in the table of measurements goes by."""
+    kind = (["lengths"] if key_lengths is not None else []) + (["causal"] if causal else [])
+    return q.dtype, *q.shape[:3], k.shape[2], q.shape[3], *kind
 
 
 @triton.jit
@@ -230,9 +238,8 @@ def wide_kernel(
 def _run(q: Tensor, k: Tensor, v: Tensor, key_lengths: Tensor | None = None, causal: bool = False) -> Tensor:
     rows, heads, queries, head_dim = q.shape
     keys = k.shape[2]
-    chosen = choose(
-        "attention", q.device, (rows, heads, queries, keys, head_dim), blocks(head_dim, keys, causal)
-    )
+    shape = shape_of(q, k, v, key_lengths, causal)
+    chosen = choose("attention", q.device, shape, blocks(head_dim, keys, causal))
     out = _shape(q)
     grid = triton.cdiv(queries, chosen.queries), heads, rows
     strides = [stride // ALIGNED for each in (out, q, k, v) for stride in each.stride()[:3]]
@@ -290,7 +297,7 @@ def _refuses(
             return "key_lengths are not contiguous"
     if records(q, k, v):
         return "autograd records the call"
-    return None
+    return beaten("attention", q.device, shape_of(q, k, v, key_lengths, causal))
 
 
 attention.register("triton", _refuses)(

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastldm.kernels.launch import TYPES, device_of, implement, on_device
-from fastldm.kernels.tuned import measured
+from fastldm.kernels.tuned import beaten, choose
 from fastldm.ops.linear import conv2d
 from fastldm.ops.raw import records
 
@@ -33,6 +33,7 @@ class Tiles:
     stages: int
 
 
+TILES = Tiles(rows=128, columns=128, depth=64, splits=1, warps=8, stages=3)
 GROUP = 8  # tiles of pixels that share columns of the weight while they are in the cache
 REDUCED = 1024  # elements that one program of the second launch adds up
 
@@ -144,12 +145,7 @@ def reduce_kernel(
 
 def shape_of(x: Tensor, weight: Tensor, stride: int, padding: int) -> tuple[object, ...]:
     """What a call's line in the table of measurements goes by."""
-    return str(x.dtype).removeprefix("torch."), *x.shape, *weight.shape, stride, padding
-
-
-def _tiles(x: Tensor, weight: Tensor, stride: int, padding: int) -> Tiles | None:
-    found = measured("conv2d", x.device, shape_of(x, weight, stride, padding))
-    return None if found is None else Tiles(**found)
+    return x.dtype, *x.shape, *weight.shape, stride, padding
 
 
 def _run(
@@ -160,8 +156,7 @@ def _run(
     padding: int = 0,
     residual: Tensor | None = None,
 ) -> Tensor:
-    tiles = _tiles(x, weight, stride, padding)
-    assert tiles is not None  # asked before
+    tiles = choose("conv2d", x.device, shape_of(x, weight, stride, padding), TILES)
     result = _shape(x, weight, bias, stride, padding, residual)
     launch(tiles, x, weight, bias, stride, padding, residual, result)
     return result
@@ -266,9 +261,8 @@ def _refuses(
         return "residual has not the shape of the result"
     if records(*tensors):
         return "autograd records the call"
-    if _tiles(x, weight, stride, padding) is None:
-        return "no measurement on this device says that it beats cuDNN at this shape"
-    return None
+    unknown = "no measurement on this device says that it beats cuDNN at this shape"
+    return beaten("conv2d", x.device, shape_of(x, weight, stride, padding), unknown)
 
 
 def _size(x: Tensor, weight: Tensor, stride: int, padding: int) -> tuple[int, ...]:

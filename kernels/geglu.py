@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastldm.kernels.launch import TYPES, device_of, implement, on_device
+from fastldm.kernels.tuned import beaten, choose
 from fastldm.ops.linear import geglu
 from fastldm.ops.raw import records
 
@@ -97,6 +98,11 @@ def tiles(dtype: torch.dtype, rows: int) -> Tiles:
     return LARGE if rows >= 1024 else SMALL
 
 
+def shape_of(x: Tensor, weight: Tensor) -> tuple[object, ...]:
+    """What a call's line in the table of measurements goes by."""
+    return x.dtype, x.numel() // x.shape[-1], *weight.shape
+
+
 def _run(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     result = _shape(x, weight, bias)
     launch(x, weight, bias, result)
@@ -107,7 +113,7 @@ def launch(x: Tensor, weight: Tensor, bias: Tensor, result: Tensor) -> None:
     """Fill the result."""
     channels, width = x.shape[-1], result.shape[-1]
     rows = x.numel() // channels
-    share = tiles(x.dtype, rows)
+    share = choose("geglu", x.device, shape_of(x, weight), tiles(x.dtype, rows))
     with device_of(x):
         geglu_kernel[(triton.cdiv(rows, share.rows) * triton.cdiv(width, share.columns),)](
             x,
@@ -144,7 +150,7 @@ def _refuses(x: Tensor, weight: Tensor, bias: Tensor) -> str | None:
         return "x, weight or bias is not contiguous"
     if records(x, weight, bias):
         return "autograd records the call"
-    return None
+    return beaten("geglu", x.device, shape_of(x, weight))
 
 
 geglu.register("triton", _refuses)(

@@ -2,18 +2,36 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from fastldm.kernels.launch import TYPES, device_of, implement, on_device
+from fastldm.kernels.tuned import beaten, choose
 from fastldm.ops.raw import refuses_guided_step
 from fastldm.ops.sampling import guided_step
 
 # The columns of a sampler table from x0_x on, as `fastldm.ops.sampling` numbers them.
 FIRST_COLUMN = tl.constexpr(1)
-BLOCK, WARPS = 512, 4
 MOST_SLOTS = 65535  # what the second axis of a grid can count
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Elements of a program, and its warps."""
+
+    elements: int
+    warps: int
+
+
+BLOCKS = Blocks(elements=512, warps=4)
+
+
+def shape_of(latents: Tensor, out: Tensor) -> tuple[object, ...]:
+    """What a call's line in the table of measurements goes by."""
+    return out.dtype, *latents.shape, out.shape[0]
 
 
 @triton.jit
@@ -100,8 +118,9 @@ def _run(
     images = [tensor for tensor in (latents, x0, model_input, out, noise) if tensor is not None]
     turned = [not tensor.is_contiguous() for tensor in images]
     mixed = len(set(turned)) == 2
+    chosen = choose("guided_step", latents.device, shape_of(latents, out), BLOCKS)
     with device_of(latents):
-        guided_step_kernel[(triton.cdiv(size, BLOCK), slots)](
+        guided_step_kernel[(triton.cdiv(size, chosen.elements), slots)](
             latents,
             x0,
             model_input,
@@ -120,8 +139,8 @@ def _run(
             COPIES=model_input.shape[0] // slots,
             NOISY=noise is not None,
             MIXED=mixed,
-            BLOCK=BLOCK,
-            num_warps=WARPS,
+            BLOCK=chosen.elements,
+            num_warps=chosen.warps,
         )
 
 
@@ -143,7 +162,8 @@ def _refuses(
     if latents.shape[0] > MOST_SLOTS:
         return f"there are more than {MOST_SLOTS} slots"
     call = latents, x0, model_input, out, noise, table, step
-    return refuses_guided_step(latents.device.type, TYPES, *call)
+    why = refuses_guided_step(latents.device.type, TYPES, *call)
+    return why or beaten("guided_step", latents.device, shape_of(latents, out))
 
 
 guided_step.register("triton", _refuses)(

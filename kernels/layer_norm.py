@@ -2,17 +2,38 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from fastldm.kernels.launch import TYPES, device_of, implement, on_device
+from fastldm.kernels.tuned import beaten, choose
 from fastldm.ops.norm import layer_norm
 from fastldm.ops.raw import records
 
-ELEMENTS, WARPS = 2048, 4  # of a program that takes several short rows
 WIDEST = 16384  # channels that one program can hold
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Rows of a program, and its warps."""
+
+    rows: int
+    warps: int
+
+
+def blocks(channels: int) -> Blocks:
+    """2048 elements in four warps; one row where it is longer."""
+    width = triton.next_power_of_2(channels)
+    return Blocks(max(1, 2048 // width), max(4, width // 1024))
+
+
+def shape_of(x: Tensor) -> tuple[object, ...]:
+    """What a call's line in the table of measurements goes by."""
+    return x.dtype, x.numel() // x.shape[-1], x.shape[-1]
 
 
 @triton.jit
@@ -88,9 +109,9 @@ def launch(
     """Fill the result."""
     channels = x.shape[-1]
     rows, width = x.numel() // channels, triton.next_power_of_2(channels)
-    together = max(1, ELEMENTS // width)
+    chosen = choose("layer_norm", x.device, shape_of(x), blocks(channels))
     with device_of(x):
-        layer_norm_kernel[(triton.cdiv(rows, together),)](
+        layer_norm_kernel[(triton.cdiv(rows, chosen.rows),)](
             x,
             x if weight is None else weight,  # a pointer that is not read
             x if bias is None else bias,
@@ -103,13 +124,13 @@ def launch(
             0 if shift is None else shift.stride(0),
             channels,
             eps,
-            ROWS=together,
+            ROWS=chosen.rows,
             WIDTH=width,
             WEIGHTED=weight is not None,
             BIASED=bias is not None,
             SCALED=scale is not None,
             SHIFTED=shift is not None,
-            num_warps=max(WARPS, width // 1024),
+            num_warps=chosen.warps,
         )
 
 
@@ -147,7 +168,7 @@ def _refuses(
             return "weight, bias, scale or shift has neither x's dtype nor float32"
     if records(x, weight, bias, scale, shift):
         return "autograd records the call"
-    return None
+    return beaten("layer_norm", x.device, shape_of(x))
 
 
 layer_norm.register("triton", _refuses)(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,10 +14,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import calls, gpu
+from benchmarks import bounds, calls, gpu
 from benchmarks.compare import race, seconds
-from fastldm import ops
+from fastldm import ops, tuning
 from fastldm.errors import BackendUnavailable
+from fastldm.kernels import measuring
 
 ROOT = Path(__file__).parents[1]
 
@@ -97,11 +100,92 @@ def test_the_gpu_scripts_correctness_on_the_kernels_of_the_cpu(monkeypatch: pyte
     shapes = {name: (make, [small[name]]) for name, (make, _) in calls.SHAPES.items()}
     right = list(gpu.correctness(("cpp",), (torch.float32,), shapes))
     assert {row["op"] for row in right} == set(small)
-    assert [row["op"] for row in right if not row["right"]] == ["attention"]  # too small for it in float32
+    assert [row["op"] for row in right if "right" not in row] == ["attention"]  # too small for it in float32
     assert "torch" in next(row["refused"] for row in right if row["op"] == "attention").lower()
+    assert not gpu.wrong({"correctness": right})
     stand_in = ops.geglu.stand_ins["cpp"]
     wrong = replace(stand_in, run=lambda *call: stand_in.run(*call) * 1.01)
     monkeypatch.setitem(ops.geglu.stand_ins, "cpp", wrong)
     rows = list(gpu.correctness(("cpp",), (torch.float32,), shapes))
-    assert [row["op"] for row in rows if row["right"] is False] == ["geglu"]
-    assert gpu.table({"machine": {}, "correctness": rows}).count("WRONG") == 1
+    assert [row["op"] for row in rows if row.get("right") is False] == ["geglu"]
+    told = gpu.wrong({"correctness": rows})
+    assert len(told) == 2 and "geglu cpp float32 1 5 16" in told[0] and "RMS error" in told[1]
+
+    def fails(*_: object) -> None:
+        raise RuntimeError("out of\nresources")
+
+    monkeypatch.setitem(ops.geglu.stand_ins, "cpp", replace(stand_in, run=fails))
+    rows = list(gpu.correctness(("cpp",), (torch.float32,), shapes))
+    assert {row["op"] for row in rows} == set(small)  # the other rows are there
+    assert gpu.wrong({"correctness": rows}) == [
+        "FAILED geglu cpp float32 1 5 16 : RuntimeError: out of resources"
+    ]
+    late = list(gpu.correctness(("cpp",), (torch.float32,), shapes, until=0.0))
+    assert {row["failed"] for row in late} == {"out of time"} and len(late) == len(small)
+
+
+def test_a_part_that_fails_is_told_and_leaves_the_others(tmp_path: Path) -> None:
+    found = gpu.Findings(tmp_path / "gpu.json")
+    with found.within("build"):
+        raise RuntimeError("no compiler")
+    with found.within("tune"):
+        found.add("attention: sizes")
+    kept = json.loads((tmp_path / "gpu.json").read_text())
+    assert kept["failed"] == {"build": "RuntimeError: no compiler"} and kept["tune"] == ["attention: sizes"]
+    assert "FAILED build: RuntimeError: no compiler" in gpu.table(kept)
+
+
+def test_the_ops_of_a_gpu_are_judged_by_bound_and_targets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Times by a table in place of a GPU: what is met, what is missed, what fails."""
+    machine = bounds.Machine("toy", bytes=1e9, operations=1e12, exponentials=1e12, cache=0)
+    took = {"fastldm": 2e-3, "PyTorch": 3e-3, "copy": 1e-3, "cuDNN benchmark": 1e-3}
+
+    def race(contenders: dict[str, Callable[[], object]]) -> dict[str, float]:
+        assert contenders["PyTorch"]() is not None
+        return {name: took.get(name, 5e-3) for name in contenders}
+
+    monkeypatch.setattr(measuring, "race", race)
+    shapes = {
+        "group_norm_silu": (calls.group_norm_silu, [(1, 64, 8)]),
+        "conv2d": (calls.conv2d, [(1, 16, 4)]),
+        "attention": (calls.attention, [(1, 1, 0, 8)]),  # too few numbers for a shape
+    }
+    rows = {
+        row["op"]: row for row in gpu.speeds(torch.float32, shapes, machine, until=time.perf_counter() + 60)
+    }
+    norm, moved = rows["group_norm_silu"], 2 * 4 * 64 * 64 + 2 * 4 * 64
+    assert norm["bytes"] == moved and norm["bound_by"] == "bytes" and norm["bound"] == moved / 1e9
+    assert norm["rate"] == f"{moved / 2e-3 / 1e9:.0f} GB/s" and norm["share"] == round(moved / 2e-3 / 1e9, 3)
+    assert [(goal["got"], goal["met"]) for goal in norm["targets"]] == [(1.5, False), (0.5, False)]
+    assert [(goal["got"], goal["met"]) for goal in rows["conv2d"]["targets"]] == [(0.5, False)]
+    assert "TypeError" in rows["attention"]["failed"]
+    said = gpu.table({"ops": list(rows.values())})
+    assert "MISSED ≥ 2 × PyTorch: 1.5" in said and said.count("FAILED attention") == 1
+
+
+def test_work_is_that_of_the_definitions() -> None:
+    """SD1.5's largest attention takes 42.9 GFLOP and 2.7e8 exponentials. (performance notes, section 4)"""
+    q = k = v = torch.empty(2, 8, 4096, 40, dtype=torch.bfloat16, device="meta")
+    told = bounds.work("attention", (q, k, v, None, False))
+    assert (told.bytes, told.exponentials) == (4 * q.nbytes, 2 * 8 * 4096**2)
+    assert told.operations == 42_949_672_960 and told.bound(bounds.H200)[1] == "exponentials"
+    x = torch.empty(2, 320, 64, 64, dtype=torch.bfloat16, device="meta")
+    weight = torch.empty(640, 320, 3, 3, dtype=torch.bfloat16, device="meta")
+    told = bounds.work("conv2d", (x, weight, None, 2, 1, None))
+    assert told.operations == 2 * (2 * 640 * 32 * 32) * 320 * 9
+    assert told.bytes == x.nbytes + weight.nbytes + 2 * (2 * 640 * 32 * 32)
+
+
+def test_the_prediction_holds_the_flops_of_a_step_and_a_decode(capsys: pytest.CaptureFixture[str]) -> None:
+    """1.607 and 2.515 TFLOP, less what `condition` does once a request. (performance notes, section 2)"""
+    listed = tuning.calls_of("sd15", torch.bfloat16)
+    split = next(i for i, call in enumerate(listed) if call.op == "guided_step") + 1
+    sums = [
+        sum(bounds.work(call.op, call.arguments).operations for call in part) / 1e12
+        for part in (listed[:split], listed[split:])
+    ]
+    assert sums[0] == pytest.approx(1.607, rel=0.01) and sums[1] == pytest.approx(2.515, rel=0.005)
+    assert gpu.main(["--predict"]) == 0
+    done = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("| **step** | 368 ") for line in done)
+    assert any("attention 2x8x4096x40" in line and "≥ 1.3 × SDPA" in line for line in done)

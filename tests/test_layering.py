@@ -36,9 +36,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "training": {"checkpoint", "scenes", *MODELS},
     "pipeline": {*STAGES, *FRONT, *MODELS},
     "api": {"pipeline", *STAGES, *FRONT, *MODELS},
-    "doctor": {"ops", "errors"},
+    "doctor": {"kernels", "ops", "errors"},
+    "tuning": {"kernels", *STAGES, *MODELS},
     "serve": {"api", "pipeline", *STAGES, *FRONT, *MODELS},
-    "cli": {"api", "pipeline", "doctor", "serve", "training", *STAGES, *FRONT, *MODELS},
+    "cli": {"api", "pipeline", "doctor", "serve", "training", "tuning", *STAGES, *FRONT, *MODELS},
     "__init__": {"api", "pipeline", "result", "errors"},
     "__main__": {"cli"},
 }

@@ -67,3 +67,41 @@ def test_convert_prints_what_it_wrote(pipe, run, monkeypatch):
 )
 def test_wrong_commands(fails, arguments):
     fails(*arguments)
+
+
+def test_tune_passes_its_options_and_prints_the_table(run, monkeypatch):
+    from fastldm import tuning
+
+    asked = []
+    monkeypatch.setattr(tuning, "run", lambda **options: asked.append(options) or Path("nvidia-h200.json"))
+    monkeypatch.setattr(tuning, "compile_only", lambda targets: asked.append(targets) or 12)
+    options = ("--model", "sd21", "--ops", "conv2d,geglu", "--minutes", 5, "--out", "t.json")
+    assert run("tune", *options) == (0, "nvidia-h200.json\n", "")
+    assert run("tune")[0] == 0
+    assert run("tune", "--compile-only", "--target", "sm_80", "sm_90")[1] == "12 kernels compiled\n"
+    assert run("tune", "--compile-only")[0] == 0
+    chosen = {"model": "sd21", "ops": "conv2d,geglu", "minutes": 5.0, "out": "t.json"}
+    assert asked == [chosen, {}, ["sm_80", "sm_90"], None]
+
+
+def test_tune_without_a_gpu_and_with_wrong_options(fails, monkeypatch, tmp_path):
+    import torch
+
+    from fastldm import tuning
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(tuning, "missing", lambda backend: "no CUDA device")
+    assert "fastldm tune: no CUDA device" in fails("tune")
+    assert "minutes=0.0: allowed is a number above 0" in fails("tune", "--minutes", 0)
+    assert "only beside --compile-only" in fails("tune", "--target", "sm_90")
+    assert "out='t.json': allowed is nothing beside" in fails("tune", "--compile-only", "--out", "t.json")
+    assert "target='sm_x': allowed is sm_80 or" in fails("tune", "--compile-only", "--target", "sm_x")
+    pytest.importorskip("triton")
+    monkeypatch.setattr(tuning, "missing", lambda backend: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "NVIDIA H200")
+    assert "ops='conv3d': allowed is some of attention, conv2d" in fails("tune", "--ops", "conv3d")
+    assert "out='none/t.json'" in fails("tune", "--out", "none/t.json")
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    assert "none.safetensors" in fails("tune", "--model", "none.safetensors")
+    assert os.listdir() == []

@@ -56,7 +56,7 @@ def measure(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callabl
     def leave(op: str, shape: tuple[object, ...], sizes: object) -> None:
         file = tmp_path / "tuned" / "cpu.json"
         file.parent.mkdir()
-        file.write_text(json.dumps({op: {" ".join(map(str, shape)): vars(sizes)}}))
+        file.write_text(json.dumps({op: {tuned.key_of(shape): {"sizes": vars(sizes)}}}))
         tuned.table.cache_clear()
 
     monkeypatch.setenv("FASTLDM_CACHE", str(tmp_path))

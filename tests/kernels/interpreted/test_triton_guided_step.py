@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fastldm.errors import BackendUnavailable
-from fastldm.kernels.guided_step import BLOCK
+from fastldm.kernels.guided_step import BLOCKS
 from fastldm.ops import guided_step, use_backends
 from fastldm.ops.sampling import CLAMP, GUIDANCE, NEXT_X
 
@@ -170,7 +170,7 @@ def test_the_idle_row_changes_no_latent() -> None:
 
 def test_neither_layout_nor_slots_change_a_bit() -> None:
     case = make(torch.float16, side=(13, 11))
-    assert case["latents"][0].numel() > BLOCK
+    assert case["latents"][0].numel() > BLOCKS.elements
     alone = outcome(run, case)
     for count in range(5):
         layouts = (torch.channels_last,) * count + (torch.contiguous_format,) * (5 - count)
