@@ -95,7 +95,7 @@ extension = Extension(
 )
 cuda_extension = Extension(
     "fastldm._cuda",
-    ["csrc/cuda/module.cpp"],
+    sorted(glob("csrc/cuda/*.cpp")),
     depends=glob("csrc/cuda/*"),
     extra_compile_args=["-std=c++17", "-g0", "-fvisibility=hidden", "-Wall", "-Wextra", "-O1"],
     libraries=["cudart_static", "rt", "dl", "pthread"],

@@ -1,5 +1,7 @@
 """CUDA kernels on raw pointers (csrc/cuda): integer addresses, strides in elements."""
 
+from collections.abc import Sequence
+
 Strides = tuple[int, int, int, int]  # address, then elements between slots, channels and pixels
 
 def group_norm_silu_shared(
@@ -42,3 +44,17 @@ def guided_step(
     columns: int,
     step: int,
 ) -> None: ...
+
+class CompiledKernel:
+    def __init__(
+        self,
+        device: int,
+        code: bytes,
+        name: str,
+        letters: str,
+        warps: int,
+        shared: int,
+        overlaps: bool,
+        tiles: Sequence[tuple[int, int, int, Sequence[int]]],
+    ) -> None: ...
+    def launch(self, stream: int, grid: tuple[int, ...], values: Sequence[object]) -> None: ...

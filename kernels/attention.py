@@ -29,7 +29,7 @@ from fastldm.kernels.flash import (
     visible_keys,
     walk,
 )
-from fastldm.kernels.launch import INTERPRETED, TYPES, device_of, implement, on_device
+from fastldm.kernels.launch import INTERPRETED, TYPES, device_of, implement, kernel, on_device
 from fastldm.kernels.tuned import beaten, choose
 from fastldm.ops.attention import attention
 from fastldm.ops.raw import records
@@ -38,6 +38,8 @@ from fastldm.ops.raw import records
 PIECES = {32: (32, 0), 40: (32, 16), 64: (64, 0), 80: (64, 16), 96: (64, 32), 128: (128, 0), 160: (128, 32)}
 WIDE, WIDE_PIECE, WIDE_OUTPUT = 512, 128, 256
 ONE_TILE = 128  # keys
+# Rows, heads and tokens begin at multiples of 16 bytes anyhow, and that is all the code could use.
+STRIDES = [f"{each}_{of}" for each in ("out", "q", "k", "v") for of in ("row", "head", "token")]
 # No tensor core multiplies float32 in full precision, so it is left to PyTorch; the interpreter checks it.
 SERVED = TYPES if INTERPRETED else (torch.float16, torch.bfloat16)
 
@@ -73,7 +75,7 @@ def shape_of(
     return q.dtype, *q.shape[:3], k.shape[2], q.shape[3], *kind
 
 
-@triton.jit
+@kernel("queries", *STRIDES)
 def attention_kernel(
     out,
     q,
@@ -164,7 +166,7 @@ def attention_kernel(
             put(out, out_stride, within, inside, sums2 * share, PIECE, PIECE2, HEAD_DIM)
 
 
-@triton.jit
+@kernel("queries", *STRIDES)
 def wide_kernel(
     out,
     q,

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastldm.kernels.launch import TYPES, device_of, implement, on_device
+from fastldm.kernels.launch import TYPES, device_of, implement, kernel, on_device
 from fastldm.kernels.tuned import beaten, choose
 from fastldm.ops.linear import conv2d
 from fastldm.ops.raw import records
@@ -38,7 +38,7 @@ GROUP = 8  # tiles of pixels that share columns of the weight while they are in 
 REDUCED = 1024  # elements that one program of the second launch adds up
 
 
-@triton.jit
+@kernel("rows", "share")
 def conv2d_kernel(
     x,
     weight,
@@ -117,7 +117,7 @@ def conv2d_kernel(
         tl.store(result + place, total.to(result.dtype.element_ty), mask=both)
 
 
-@triton.jit
+@kernel("elements", "splits")
 def reduce_kernel(
     parts,
     bias,

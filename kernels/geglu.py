@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastldm.kernels.launch import TYPES, device_of, implement, on_device
+from fastldm.kernels.launch import TYPES, device_of, implement, kernel, on_device
 from fastldm.kernels.tuned import beaten, choose
 from fastldm.ops.linear import geglu
 from fastldm.ops.raw import records
@@ -35,7 +35,7 @@ WIDE_TYPE = Tiles(rows=64, columns=32, depth=32, warps=4, stages=2)  # float32
 GROUP = 8  # tiles of rows that share columns of the weight while they are in the cache
 
 
-@triton.jit
+@kernel("rows")
 def geglu_kernel(
     x,
     weight,

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastldm.kernels.launch import TYPES, device_of, implement, on_device
+from fastldm.kernels.launch import TYPES, device_of, implement, kernel, on_device
 from fastldm.kernels.tuned import beaten, choose
 from fastldm.ops.norm import group_norm_silu
 from fastldm.ops.raw import records
@@ -74,7 +74,7 @@ def to_channels(of_groups, member):
     return tl.sum(tl.where(member, of_groups[None, :], 0.0), axis=1)
 
 
-@triton.jit
+@kernel("pixels")
 def one_pass_kernel(
     result,
     x,
@@ -119,7 +119,7 @@ def one_pass_kernel(
     tl.store(result + at, y.to(result.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@kernel("pixels", "part")
 def moments_kernel(
     moments,
     x,
@@ -185,7 +185,7 @@ def moments_kernel(
     tl.store(at + groups * parts, squares, mask=ours)
 
 
-@triton.jit
+@kernel("pixels", "part")
 def apply_kernel(
     result,
     moments,

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastldm.kernels.launch import TYPES, device_of, implement, on_device
+from fastldm.kernels.launch import TYPES, device_of, implement, kernel, on_device
 from fastldm.kernels.tuned import beaten, choose
 from fastldm.ops.raw import refuses_guided_step
 from fastldm.ops.sampling import guided_step
@@ -34,7 +34,7 @@ def shape_of(latents: Tensor, out: Tensor) -> tuple[object, ...]:
     return out.dtype, *latents.shape, out.shape[0]
 
 
-@triton.jit
+@kernel("rows", "columns", "slot_stride", "channels", "layouts")
 def guided_step_kernel(
     latents,
     x0,

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastldm.kernels.launch import TYPES, device_of, implement, on_device
+from fastldm.kernels.launch import TYPES, device_of, implement, kernel, on_device
 from fastldm.kernels.tuned import beaten, choose
 from fastldm.ops.norm import layer_norm
 from fastldm.ops.raw import records
@@ -36,7 +36,7 @@ def shape_of(x: Tensor) -> tuple[object, ...]:
     return x.dtype, x.numel() // x.shape[-1], x.shape[-1]
 
 
-@triton.jit
+@kernel("rows", "tokens")
 def layer_norm_kernel(
     x,
     weight,

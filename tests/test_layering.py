@@ -27,7 +27,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "diffusion": {"checks", "errors"},
     "scenes": {"errors"},
     "ops": {"_C", "_cuda", "errors"},
-    "kernels": {"ops", "errors"},
+    "kernels": {"_cuda", "ops", "errors"},
     "models": {"ops", "checks", "errors"},
     "runtime": {"ops", "errors"},
     "presets": MODELS,

@@ -4,11 +4,14 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <cstring>
 #include <optional>
 #include <stdexcept>
 #include <string>
 #include <tuple>
+#include <vector>
 
+#include "driver.h"
 #include "kernels.h"
 
 namespace py = pybind11;
@@ -108,6 +111,46 @@ void guided_step(Address stream, Strides latents, Strides x0, Strides model_inpu
     check(launch(a, pointer<CUstream_st>(stream)));
 }
 
+using Tile = std::tuple<int, int64_t, int, std::vector<uint32_t>>;  // type, bytes an element, swizzle, block
+
+CompiledKernel compiled_kernel(int device, const py::bytes& code, const std::string& name, const std::string& letters,
+                               int warps, int shared, bool overlaps, const std::vector<Tile>& tiles) {
+    std::vector<TileShape> shapes;
+    for (const auto& [type, size, swizzle, block] : tiles)
+        shapes.push_back(
+            {static_cast<CUtensorMapDataType>(type), size, static_cast<CUtensorMapSwizzle>(swizzle), block});
+    const std::string held = code;
+    py::gil_scoped_release release;
+    return {device, held, name, letters, warps, shared, overlaps, std::move(shapes)};
+}
+
+void launch_compiled(const CompiledKernel& kernel, Address stream, const py::tuple& grid, const py::sequence& given) {
+    require(grid.size() >= 1 && grid.size() <= 3, "a grid has one to three axes");
+    unsigned blocks[3] = {1, 1, 1};
+    for (size_t i = 0; i < grid.size(); ++i) blocks[i] = grid[i].cast<unsigned>();
+    const std::string& letters = kernel.letters();
+    require(given.size() <= letters.size(), "there are more values than parameters");
+    std::vector<uint64_t> values(given.size());
+    std::vector<MappedTensor> tensors;
+    for (size_t i = 0; i < values.size(); ++i) {
+        const py::object value = given[i];
+        if (letters[i] == 'f') {
+            const float number = value.cast<float>();
+            std::memcpy(&values[i], &number, sizeof number);
+        } else if (letters[i] == 'T') {
+            auto [address, sizes, strides] =
+                value.cast<std::tuple<Address, std::vector<uint64_t>, std::vector<uint64_t>>>();
+            tensors.push_back({address, std::move(sizes), std::move(strides)});
+        } else if (letters[i] == 'i') {
+            values[i] = static_cast<uint32_t>(value.cast<int32_t>());
+        } else {
+            values[i] = letters[i] == 'l' ? static_cast<uint64_t>(value.cast<int64_t>()) : value.cast<uint64_t>();
+        }
+    }
+    py::gil_scoped_release release;
+    kernel.launch(pointer<CUstream_st>(stream), blocks, values, tensors);
+}
+
 }  // namespace
 }  // namespace fastldm
 
@@ -126,4 +169,12 @@ PYBIND11_MODULE(_cuda, module) {
                arg("channels"), arg("pixels"), arg("twice"), arg("guided"), arg("table"), arg("table_slot"),
                arg("table_rows"), arg("columns"), arg("step"),
                "One row of each slot's sampler table, in place; a tensor is (address, slot, channel, pixel strides).");
+    py::class_<fastldm::CompiledKernel>(module, "CompiledKernel",
+                                        "A kernel that another compiler made, on one device, for good.")
+        .def(py::init(&fastldm::compiled_kernel), arg("device"), arg("code"), arg("name"), arg("letters"), arg("warps"),
+             arg("shared"), arg("overlaps"), arg("tiles"),
+             "`letters` are the parameters: p address, i and l integers of 32 and 64 bits, f float32, T tensor map, "
+             "which takes a tile (CUtensorMapDataType, bytes an element, CUtensorMapSwizzle, block).")
+        .def("launch", &fastldm::launch_compiled, arg("stream"), arg("grid"), arg("values"),
+             "One value a parameter, (address, sizes, strides) for a tensor map; the last addresses may be left out.");
 }
