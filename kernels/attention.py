@@ -30,6 +30,7 @@ from fastldm.kernels.flash import (
     walk,
 )
 from fastldm.kernels.launch import INTERPRETED, TYPES, device_of, implement, kernel, on_device
+from fastldm.kernels.overlap import after_the_kernel_in_front
 from fastldm.kernels.tuned import beaten, choose
 from fastldm.ops.attention import attention
 from fastldm.ops.raw import records
@@ -52,6 +53,7 @@ class Blocks:
     keys: int
     warps: int
     stages: int
+    pdl: bool = False  # kernels/overlap.py
 
 
 def blocks(head_dim: int, keys: int, causal: bool = False) -> Blocks:
@@ -105,8 +107,10 @@ def attention_kernel(
     HAS_LENGTHS: tl.constexpr,
     CAUSAL: tl.constexpr,
     ONE_TILE: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Program (block of queries, head, row); strides in units of 8 elements."""
+    after_the_kernel_in_front(PDL)
     head, row = tl.program_id(1), tl.program_id(2)
     first = tl.program_id(0) * QUERIES
     within = tl.arange(0, QUERIES)
@@ -195,8 +199,10 @@ def wide_kernel(
     KEYS: tl.constexpr,
     HAS_LENGTHS: tl.constexpr,
     CAUSAL: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Program (block of queries and part of the output, head, row): all scores, OUTPUT columns."""
+    after_the_kernel_in_front(PDL)
     head, row = tl.program_id(1), tl.program_id(2)
     part = tl.program_id(0) % (HEAD_DIM // OUTPUT) * OUTPUT
     first = tl.program_id(0) // (HEAD_DIM // OUTPUT) * QUERIES
@@ -254,6 +260,7 @@ def _run(q: Tensor, k: Tensor, v: Tensor, key_lengths: Tensor | None = None, cau
         "KEYS": chosen.keys,
         "HAS_LENGTHS": key_lengths is not None,
         "CAUSAL": causal,
+        "PDL": chosen.pdl,
         "num_warps": chosen.warps,
         "num_stages": chosen.stages,
     }

@@ -11,8 +11,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fastldm.kernels.launch import TYPES, device_of, implement, kernel, on_device
+from fastldm.kernels.launch import INTERPRETED, TYPES, device_of, implement, kernel, on_device
 from fastldm.kernels.tuned import beaten, choose
 from fastldm.ops.linear import geglu
 from fastldm.ops.raw import records
@@ -27,6 +28,7 @@ class Tiles:
     depth: int
     warps: int
     stages: int
+    tma: bool = False  # tiles are fetched by tensor maps, from compute capability 9.0 on
 
 
 LARGE = Tiles(rows=128, columns=64, depth=64, warps=8, stages=3)
@@ -49,9 +51,11 @@ def geglu_kernel(
     DEPTH: tl.constexpr,
     GROUP: tl.constexpr,
     WHOLE: tl.constexpr,
+    TMA: tl.constexpr,
 ):
     """result [rows, width] = h · gelu(g), [h, g] = x weightᵀ + bias; x [rows, channels], weight [2 width,
-    channels], all contiguous. WHOLE: the channels are a multiple of DEPTH.
+    channels], all contiguous. WHOLE: the channels are a multiple of DEPTH. TMA: x and weight are tensor
+    descriptors of tiles [ROWS, DEPTH] and [COLUMNS, DEPTH], with zeros around the matrices.
     """
     down, across = tl.cdiv(rows, ROWS), tl.cdiv(width, COLUMNS)
     program = tl.program_id(0)
@@ -63,26 +67,33 @@ def geglu_kernel(
     depth = tl.arange(0, DEPTH)
     row_inside, column_inside = row < rows, column < width
 
-    at_x = x + row.to(tl.int64)[:, None] * channels + depth[None, :]
-    at_hidden = weight + column.to(tl.int64)[None, :] * channels + depth[:, None]
-    at_gate = at_hidden + width.to(tl.int64) * channels
     hidden = tl.zeros((ROWS, COLUMNS), tl.float32)
     gate = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for done in range(0, channels, DEPTH):
-        if WHOLE:
-            left = tl.load(at_x, mask=row_inside[:, None], other=0.0)
-            first_half = tl.load(at_hidden, mask=column_inside[None, :], other=0.0)
-            second_half = tl.load(at_gate, mask=column_inside[None, :], other=0.0)
-        else:
-            inside = depth < channels - done
-            left = tl.load(at_x, mask=row_inside[:, None] & inside[None, :], other=0.0)
-            first_half = tl.load(at_hidden, mask=column_inside[None, :] & inside[:, None], other=0.0)
-            second_half = tl.load(at_gate, mask=column_inside[None, :] & inside[:, None], other=0.0)
-        hidden = tl.dot(left, first_half, hidden, input_precision="ieee")
-        gate = tl.dot(left, second_half, gate, input_precision="ieee")
-        at_x += DEPTH
-        at_hidden += DEPTH
-        at_gate += DEPTH
+    if TMA:
+        top, left_edge = (first + within % height) * ROWS, within // height * COLUMNS
+        for done in range(0, channels, DEPTH):
+            left = x.load([top, done])
+            hidden = tl.dot(left, weight.load([left_edge, done]).T, hidden)
+            gate = tl.dot(left, weight.load([width + left_edge, done]).T, gate)
+    else:
+        at_x = x + row.to(tl.int64)[:, None] * channels + depth[None, :]
+        at_hidden = weight + column.to(tl.int64)[None, :] * channels + depth[:, None]
+        at_gate = at_hidden + width.to(tl.int64) * channels
+        for done in range(0, channels, DEPTH):
+            if WHOLE:
+                left = tl.load(at_x, mask=row_inside[:, None], other=0.0)
+                first_half = tl.load(at_hidden, mask=column_inside[None, :], other=0.0)
+                second_half = tl.load(at_gate, mask=column_inside[None, :], other=0.0)
+            else:
+                inside = depth < channels - done
+                left = tl.load(at_x, mask=row_inside[:, None] & inside[None, :], other=0.0)
+                first_half = tl.load(at_hidden, mask=column_inside[None, :] & inside[:, None], other=0.0)
+                second_half = tl.load(at_gate, mask=column_inside[None, :] & inside[:, None], other=0.0)
+            hidden = tl.dot(left, first_half, hidden, input_precision="ieee")
+            gate = tl.dot(left, second_half, gate, input_precision="ieee")
+            at_x += DEPTH
+            at_hidden += DEPTH
+            at_gate += DEPTH
 
     hidden += tl.load(bias + column, mask=column_inside, other=0.0).to(tl.float32)[None, :]
     gate += tl.load(bias + width + column, mask=column_inside, other=0.0).to(tl.float32)[None, :]
@@ -114,10 +125,12 @@ def launch(x: Tensor, weight: Tensor, bias: Tensor, result: Tensor) -> None:
     channels, width = x.shape[-1], result.shape[-1]
     rows = x.numel() // channels
     share = choose("geglu", x.device, shape_of(x, weight), tiles(x.dtype, rows))
+    grid = (triton.cdiv(rows, share.rows) * triton.cdiv(width, share.columns),)
+    tma = share.tma and not INTERPRETED and channels % 8 == 0 and (x.data_ptr() | weight.data_ptr()) % 16 == 0
     with device_of(x):
-        geglu_kernel[(triton.cdiv(rows, share.rows) * triton.cdiv(width, share.columns),)](
-            x,
-            weight,
+        geglu_kernel[grid](
+            tiled(x.view(rows, channels), share.rows, share.depth) if tma else x,
+            tiled(weight, share.columns, share.depth) if tma else weight,
             bias,
             result,
             rows,
@@ -128,9 +141,15 @@ def launch(x: Tensor, weight: Tensor, bias: Tensor, result: Tensor) -> None:
             DEPTH=share.depth,
             GROUP=GROUP,
             WHOLE=channels % share.depth == 0,
+            TMA=tma,
             num_warps=share.warps,
             num_stages=share.stages,
         )
+
+
+def tiled(matrix: Tensor, rows: int, columns: int) -> TensorDescriptor:
+    """A contiguous matrix, fetched in tiles."""
+    return TensorDescriptor.from_tensor(matrix, [rows, columns])
 
 
 def _shape(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastldm.kernels.launch import TYPES, device_of, implement, kernel, on_device
+from fastldm.kernels.overlap import after_the_kernel_in_front
 from fastldm.kernels.tuned import beaten, choose
 from fastldm.ops.norm import group_norm_silu
 from fastldm.ops.raw import records
@@ -31,6 +32,7 @@ class Blocks:
     pixels: int
     tiles: int
     warps: int
+    pdl: bool = False  # kernels/overlap.py
 
 
 def blocks(rows: int, pixels: int, channels: int, groups: int) -> Blocks:
@@ -92,8 +94,10 @@ def one_pass_kernel(
     PIXELS: tl.constexpr,
     BIASED: tl.constexpr,
     SILU: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Program (block of groups, row)."""
+    after_the_kernel_in_front(PDL)
     row = tl.program_id(1).to(tl.int64)
     column = tl.arange(0, COLUMNS)
     channel = tl.program_id(0) * (GROUPS * CHANNELS_A_GROUP) + column
@@ -134,12 +138,14 @@ def moments_kernel(
     COLUMNS: tl.constexpr,
     PIXELS: tl.constexpr,
     BIASED: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Program (part, block of groups, row): mean and sum of squares about it, of the part's pixels.
 
     moments float32 [rows, 2, groups, parts]. Each place of a tile follows its own pixels by Welford's rule;
     then places, and then the channels of a group, are merged by Chan's.
     """
+    after_the_kernel_in_front(PDL)
     parts = tl.num_programs(0)
     block, row = tl.program_id(1), tl.program_id(2).to(tl.int64)
     column = tl.arange(0, COLUMNS)
@@ -205,8 +211,10 @@ def apply_kernel(
     PIXELS: tl.constexpr,
     BIASED: tl.constexpr,
     SILU: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Program (part, block of groups, row): merge the moments of all parts, then normalise this part."""
+    after_the_kernel_in_front(PDL)
     parts = tl.num_programs(0)
     block, row = tl.program_id(1), tl.program_id(2).to(tl.int64)
     groups = channels // CHANNELS_A_GROUP
@@ -275,6 +283,7 @@ def _run(
         "COLUMNS": triton.next_power_of_2(chosen.groups * width),
         "PIXELS": chosen.pixels,
         "BIASED": row_bias is not None,
+        "PDL": chosen.pdl,
         "num_warps": chosen.warps,
     }
     with device_of(x):

@@ -9,6 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastldm.kernels.launch import TYPES, device_of, implement, kernel, on_device
+from fastldm.kernels.overlap import after_the_kernel_in_front
 from fastldm.kernels.tuned import beaten, choose
 from fastldm.ops.raw import refuses_guided_step
 from fastldm.ops.sampling import guided_step
@@ -24,6 +25,7 @@ class Blocks:
 
     elements: int
     warps: int
+    pdl: bool = False  # kernels/overlap.py
 
 
 BLOCKS = Blocks(elements=512, warps=4)
@@ -55,10 +57,12 @@ def guided_step_kernel(
     NOISY: tl.constexpr,
     MIXED: tl.constexpr,
     BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Program (block, slot). Where all tensors lie alike, an element is its place in memory; where MIXED,
     bit i of `layouts` says that the i-th of latents, x0, model_input, out and noise is channels-last.
     """
+    after_the_kernel_in_front(PDL)
     slot = tl.program_id(1).to(tl.int64)
     slots = tl.num_programs(1).to(tl.int64)
     element = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -140,6 +144,7 @@ def _run(
             NOISY=noise is not None,
             MIXED=mixed,
             BLOCK=chosen.elements,
+            PDL=chosen.pdl,
             num_warps=chosen.warps,
         )
 

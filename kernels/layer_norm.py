@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastldm.kernels.launch import TYPES, device_of, implement, kernel, on_device
+from fastldm.kernels.overlap import after_the_kernel_in_front
 from fastldm.kernels.tuned import beaten, choose
 from fastldm.ops.norm import layer_norm
 from fastldm.ops.raw import records
@@ -23,6 +24,7 @@ class Blocks:
 
     rows: int
     warps: int
+    pdl: bool = False  # kernels/overlap.py
 
 
 def blocks(channels: int) -> Blocks:
@@ -56,10 +58,12 @@ def layer_norm_kernel(
     BIASED: tl.constexpr,
     SCALED: tl.constexpr,
     SHIFTED: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """x, result [rows, channels]; weight, bias [channels]; scale, shift [rows / tokens, channels]. First the
     mean, then the squares of what lies around it: a large mean costs no digits.
     """
+    after_the_kernel_in_front(PDL)
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     channel = tl.arange(0, WIDTH)
     known = channel < channels
@@ -130,6 +134,7 @@ def launch(
             BIASED=bias is not None,
             SCALED=scale is not None,
             SHIFTED=shift is not None,
+            PDL=chosen.pdl,
             num_warps=chosen.warps,
         )
 
