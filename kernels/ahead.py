@@ -25,15 +25,14 @@ __all__ = ["NETWORKS", "Network", "compile_all", "variants"]
 
 Report = Callable[[str], None]
 DTYPES = (torch.bfloat16, torch.float16)
-PROMPTS = (77, 154)  # keys of a cross-attention: one or two blocks of tokens
 
 
 @dataclass(frozen=True)
 class Network:
     """What the kernels see of a latent diffusion model, level by level from the largest map to the smallest.
 
-    head_dims, widths: of the UNet. decoder, head: of the autoencoder, whose attention has one head. text:
-    width and head dim of the text encoder. side: of the latents.
+    side, channels: of the latents. widths, head_dims: of the UNet. decoder: widths of the autoencoder, whose
+    attention has one head. text: width and head dim of the text encoder. tokens: of a short prompt.
     """
 
     side: int
@@ -42,19 +41,19 @@ class Network:
     head_dims: tuple[int, ...]  # 0: no transformers on this level
     groups: int
     decoder: tuple[int, ...]
-    decoder_groups: int
     text: tuple[int, int]
+    tokens: int
 
 
 def _stable(side: int, head_dims: tuple[int, ...], text: tuple[int, int]) -> Network:
-    return Network(side, 4, (320, 640, 1280, 1280), head_dims, 32, (128, 256, 512, 512), 32, text)
+    return Network(side, 4, (320, 640, 1280, 1280), head_dims, 32, (128, 256, 512, 512), text, 77)
 
 
 NETWORKS = {
     "sd15": _stable(64, (40, 80, 160, 160), (768, 64)),
     "sd21": _stable(96, (64, 64, 64, 64), (1024, 64)),
     "sd21-base": _stable(64, (64, 64, 64, 64), (1024, 64)),
-    "default": Network(16, 8, (48, 80, 128), (0, 40, 32), 8, (16, 24, 48, 96), 8, (128, 32)),
+    "default": Network(16, 8, (48, 80, 128), (0, 40, 32), 8, (16, 24, 48, 96), (128, 32), 32),
 }
 
 
@@ -162,7 +161,7 @@ def _unet(net: Network, dtype: torch.dtype) -> None:
         _norm(dtype, 2, width, side, net.groups, silu=False)
         tokens, heads = side * side, width // head_dim
         _attend(dtype, heads, tokens, tokens, head_dim)
-        for keys, lengths in product(PROMPTS, (False, True)):
+        for keys, lengths in product((net.tokens, 2 * net.tokens), (False, True)):
             _attend(dtype, heads, tokens, keys, head_dim, lengths)
         affine = _empty(width, dtype=dtype)
         layer_norm._run(_empty(2, tokens, width, dtype=dtype), affine, affine)
@@ -175,16 +174,16 @@ def _autoencoder(net: Network, dtype: torch.dtype) -> None:
     last, widest = len(net.decoder) - 1, net.decoder[-1]
     for level, width in enumerate(net.decoder):
         for nearby in range(max(level - 1, 0), min(level + 1, last) + 1):
-            _norm(dtype, 1, width, net.side << (last - nearby), net.decoder_groups)
-    _norm(dtype, 1, widest, net.side, net.decoder_groups, silu=False)
+            _norm(dtype, 1, width, net.side << (last - nearby), net.groups)
+    _norm(dtype, 1, widest, net.side, net.groups, silu=False)
     _attend(dtype, 1, net.side**2, net.side**2, widest)
 
 
 def _text(net: Network, dtype: torch.dtype) -> None:
     width, head_dim = net.text
     affine = _empty(width, dtype=dtype)
-    layer_norm._run(_empty(1, PROMPTS[0], width, dtype=dtype), affine, affine)
-    _attend(dtype, width // head_dim, PROMPTS[0], PROMPTS[0], head_dim, causal=True)
+    layer_norm._run(_empty(1, net.tokens, width, dtype=dtype), affine, affine)
+    _attend(dtype, width // head_dim, net.tokens, net.tokens, head_dim, causal=True)
 
 
 def _step(net: Network, dtype: torch.dtype) -> None:

@@ -14,8 +14,9 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
+COMPILED = ["test_triton_compiled.py", "test_triton_launch.py", "test_triton_processes.py"]
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-collect_ignore = ["test_triton_compiled.py", "test_triton_processes.py"] if INTERPRETED else ["interpreted"]
+collect_ignore = COMPILED if INTERPRETED else ["interpreted"]
 
 
 class Guarded:

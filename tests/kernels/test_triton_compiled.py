@@ -19,7 +19,7 @@ import triton
 from torch import Tensor
 from triton.compiler import CompiledKernel
 
-from fastldm.kernels import attention, conv2d, geglu, group_norm_silu, guided_step, layer_norm
+from fastldm.kernels import attention, conv2d, geglu, group_norm_silu, guided_step, layer_norm, tuned
 from fastldm.kernels.launch import Launch, recording
 
 # Bytes of shared memory that one program may have. (CUDA C++ programming guide, compute capabilities)
@@ -144,6 +144,46 @@ def test_no_spill_and_no_more_memory_than_there_is(launch: Launch, architecture:
     )
     assert used["STACK"] == 0 and used["REG"] <= 255
     assert kernel.metadata.shared + used["SHARED"] <= SHARED[architecture]
+
+
+def flagged() -> Iterator[Any]:
+    """Launches with the flags that a measurement may switch on, for GPUs from 9.0 on."""
+    early = {
+        op: {tuned.ANY: {"sizes": {"pdl": True}}}
+        for op in ("attention", "group_norm_silu", "guided_step", "layer_norm")
+    }
+    with tuned.using({**early, "geglu": {tuned.ANY: {"sizes": {"tma": True}}}}):
+        launches = [
+            *step(HALF, 8, False),
+            *norm(HALF, *UNET[1], biased=True),
+            *norm(HALF, *UNET[3], biased=True),
+        ]
+        launches += [*heads(HALF, 40, 77), *modulated(HALF, 1280), *gated(HALF, 4096, 320)]
+        long = [each for dim in (40, 160, attention.WIDE) for each in heads(HALF, dim, 4096)]
+        long += gated(torch.float16, 64, 1280)
+    for launch in launches + long:
+        name = launch.variant.kernel.__name__
+        yield pytest.param(launch, id=name, marks=[pytest.mark.long] if launch in long else [])
+
+
+@pytest.mark.parametrize("architecture", [90, 100])
+@pytest.mark.parametrize("launch", flagged())
+def test_flags_spill_nothing_and_do_what_they_say(launch: Launch, architecture: int, tmp_path: Path) -> None:
+    test_no_spill_and_no_more_memory_than_there_is(launch, architecture, tmp_path)
+    ptx = launch.variant.compile(architecture).asm["ptx"]
+    if launch.variant.kernel is geglu.geglu_kernel:
+        assert ptx.count("cp.async.bulk.tensor") >= 3 and "ld.global.v4" not in ptx
+        return
+    waits = ptx.index("griddepcontrol.wait")
+    assert launch.variant.pdl and "griddepcontrol.launch_dependents" in ptx
+    touched = re.compile(r"\b(?:(?:ld|st|atom|red)\.(?:\w+\.)*global|cp\.async)").search(ptx)
+    assert touched and waits < touched.start()  # nothing is read or written before
+
+
+def test_flags_are_off_by_default() -> None:
+    for launch in (*step(HALF, 8, False), *norm(HALF, *UNET[3]), *heads(HALF, 40, 77), *modulated(HALF, 320)):
+        assert not launch.variant.pdl and "griddepcontrol" not in launch.variant.compile(90).asm["ptx"]
+    assert not any(name.startswith("tensordesc") for name in gated(HALF, 4096, 320)[0].variant.types)
 
 
 def test_guided_step_is_one_launch_and_moves_16_bytes_at_a_time() -> None:
