@@ -149,7 +149,7 @@ class Kernel:
         **constants: Any,
     ) -> None:
         if INTERPRETED:
-            self.function[grid](*arguments, **constants)
+            self.function[grid](*arguments, **_possible(constants, -1))
             return
         index, aligned, kinds, values = self._specialise(arguments)
         key = index, aligned, *kinds, num_warps, num_stages, *constants.items()
@@ -232,9 +232,10 @@ class Kernel:
 
 
 def _possible(constants: dict[str, Any], index: int) -> dict[str, Any]:
-    """The constants without what the device does not know."""
-    if constants.get("PDL") and index >= 0 and torch.cuda.get_device_capability(index) < (9, 0):
-        return constants | {"PDL": False}
+    """The constants without what the device does not know, nor the interpreter."""
+    if constants.get("PDL"):
+        if INTERPRETED or (index >= 0 and torch.cuda.get_device_capability(index) < (9, 0)):
+            return constants | {"PDL": False}
     return constants
 
 
