@@ -25,6 +25,7 @@ __all__ = ["NETWORKS", "Network", "compile_all", "variants"]
 
 Report = Callable[[str], None]
 DTYPES = (torch.bfloat16, torch.float16)
+MOST_PROCESSES = 16  # each of them imports torch
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ def compile_all(capabilities: Sequence[int], report: Report) -> int:
     # Triton keeps its own cache of every stage; here the last one is enough.
     with tempfile.TemporaryDirectory() as folder:
         pool = ProcessPoolExecutor(
-            max(1, min(len(missing), os.cpu_count() or 1)),
+            max(1, min(len(missing), len(os.sched_getaffinity(0)), MOST_PROCESSES)),
             mp_context=multiprocessing.get_context("spawn"),
             initializer=_keep_stages_in,
             initargs=(folder,),

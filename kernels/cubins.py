@@ -25,6 +25,7 @@ __all__ = ["Cubin", "Variant", "folder", "make", "obtain", "read", "store"]
 
 # A parameter in PTX → its letter: p a pointer, i and l integers of 32 and 64 bits, f float32, T a tensor map.
 LETTERS = {"u64 ptr": "p", "u32": "i", "u64": "l", "f32": "f", "b8 128": "T"}
+FORMAT = 1  # counts up when the line of JSON changes
 ELEMENTS = {"fp32": 7, "fp16": 6, "bf16": 9}  # CUtensorMapDataType
 
 
@@ -68,7 +69,7 @@ class Variant:
     def digest(self, capability: int) -> str:
         """What its entry in the cache goes by."""
         parts = self.types, self.constants, self.aligned, self.warps, self.stages, self.pdl
-        text = f"{self.kernel.function.cache_key} {parts} {capability} {triton.__version__}"
+        text = f"{FORMAT} {self.kernel.function.cache_key} {parts} {capability} {triton.__version__}"
         return hashlib.sha256(text.encode()).hexdigest()
 
 

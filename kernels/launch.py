@@ -168,6 +168,7 @@ class Kernel:
                 "num_warps": num_warps,
                 "num_stages": num_stages,
                 "launch_pdl": constants.get("PDL", False),
+                "enable_fp_fusion": True,
             }
             self.function[grid](*arguments, **options, **constants)
         else:

@@ -66,6 +66,9 @@ def test_wrong_sizes_are_refused_before_the_device_is_asked() -> None:
     planes = [(0, 1, 1, 1)] * 4
     with pytest.raises(ValueError, match="nine columns"):
         _cuda.guided_step(0, *planes, None, "float32", 1, 1, 1, False, False, 0, 0, 1, 8, 0)
+    for letters, warps, why in (("px", 4, "letters"), ("pT", 4, "one tile"), ("p", 0, "1 to 32 warps")):
+        with pytest.raises(ValueError, match=why):
+            _cuda.CompiledKernel(0, b"", "kernel", letters, warps, 0, False, [])
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device")
@@ -74,6 +77,8 @@ def test_without_a_device_it_says_so() -> None:
     planes = [(0, 1, 1, 1)] * 4
     with pytest.raises(RuntimeError, match="CUDA: .*(driver|device)"):
         _cuda.guided_step(0, *planes, None, "float32", 1, 1, 1, False, False, 0, 0, 1, 9, 0)
+    with pytest.raises(RuntimeError, match="CUDA.*(driver|device)"):
+        _cuda.CompiledKernel(0, b"", "kernel", "p", 4, 0, False, [])
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on the path")
