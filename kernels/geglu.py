@@ -33,7 +33,7 @@ class Tiles:
 
 LARGE = Tiles(rows=128, columns=64, depth=64, warps=8, stages=3)
 SMALL = Tiles(rows=64, columns=32, depth=64, warps=4, stages=3)  # few rows: more programs
-WIDE_TYPE = Tiles(rows=64, columns=32, depth=32, warps=4, stages=2)  # float32
+WIDE_TYPE = Tiles(rows=64, columns=32, depth=32, warps=8, stages=2)  # float32
 GROUP = 8  # tiles of rows that share columns of the weight while they are in the cache
 
 
