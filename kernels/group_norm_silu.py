@@ -76,7 +76,7 @@ def to_channels(of_groups, member):
     return tl.sum(tl.where(member, of_groups[None, :], 0.0), axis=1)
 
 
-@kernel("pixels")
+@kernel()
 def one_pass_kernel(
     result,
     x,
