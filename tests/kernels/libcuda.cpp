@@ -134,8 +134,8 @@ CUresult cuLaunchKernelEx(const CUlaunchConfig* launch, CUfunction handle, void*
     if (!current || extra) return CUDA_ERROR_INVALID_CONTEXT;
     if (launch->sharedMemBytes > unsigned(function.limit)) return CUDA_ERROR_INVALID_VALUE;
     std::ostringstream line;
-    line << "{\"name\": \"" << function.name << "\", \"grid\": [" << launch->gridDimX << ", " << launch->gridDimY << ", "
-         << launch->gridDimZ << "], \"block\": [" << launch->blockDimX << ", " << launch->blockDimY << ", "
+    line << "{\"name\": \"" << function.name << "\", \"grid\": [" << launch->gridDimX << ", " << launch->gridDimY
+         << ", " << launch->gridDimZ << "], \"block\": [" << launch->blockDimX << ", " << launch->blockDimY << ", "
          << launch->blockDimZ << "], \"shared\": " << launch->sharedMemBytes
          << ", \"stream\": " << reinterpret_cast<uintptr_t>(launch->hStream) << ", \"attributes\": [";
     for (unsigned i = 0; i < launch->numAttrs; ++i)
