@@ -1,4 +1,4 @@
-"""The command line: fastldm generate | info | convert | doctor | train | tune.
+"""The command line: fastldm generate | info | convert | doctor | bench | train | tune.
 
 Every error of the user's is one line on stderr and exit code 2. Nothing but argparse is imported before a
 command runs, so that --help and --version answer at once. Options of `generate` have no defaults here: what
@@ -130,6 +130,13 @@ def doctor(options: dict[str, Any]) -> None:
     from fastldm.doctor import diagnose
 
     _show(diagnose(), options["json"])
+
+
+def bench(options: dict[str, Any]) -> None:
+    """Race a model against diffusers and torch.compile on this machine: a table, JSON, a drawing."""
+    from fastldm.bench import command
+
+    command.run(**options)
 
 
 def train(options: dict[str, Any]) -> None:
@@ -281,6 +288,24 @@ def _parser() -> Parser:
     command = commands.add_parser("doctor", help=doctor.__doc__)
     command.set_defaults(run=doctor)
     command.add_argument("--json", action="store_true", help="print JSON")
+
+    command = commands.add_parser("bench", help=bench.__doc__, argument_default=argparse.SUPPRESS)
+    command.set_defaults(run=bench)
+    add = command.add_argument
+    add("parts", nargs="*", metavar="PART", help="step, vae, image, cold, growth, memory (all)")
+    add("--model", metavar="NAME", help="default, sd15, sd21, sdxl-shape (random weights), or a model's path")
+    add("--device", metavar="NAME", help="cpu or cuda (the best there is)")
+    add("--dtype", metavar="NAME", help="fp32, bf16 or fp16 (bf16 where the device has it)")
+    add(
+        "--contenders", metavar="NAMES", help="fastldm,reference,eager,channels-last,compile,max-autotune,..."
+    )
+    add("--steps", type=int, metavar="N", help="of a picture (25)")
+    add("--size", type=int, metavar="PIXELS", help="along a side (the model's)")
+    add("--batch", type=int, metavar="N", help="pictures at once (1)")
+    add("--rounds", type=int, metavar="N", help="at most so many (20)")
+    add("--minutes", type=float, metavar="N", help="of racing, a part (5); 3 rounds at least")
+    add("--json", dest="json_file", metavar="FILE", help="write the tables and the machine")
+    add("--plot", metavar="FILE.png", help="draw them")
 
     command = commands.add_parser("train", help=train.__doc__, argument_default=argparse.SUPPRESS)
     command.set_defaults(run=train)

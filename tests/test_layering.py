@@ -39,7 +39,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "doctor": {"kernels", "ops", "errors"},
     "tuning": {"kernels", *STAGES, *MODELS},
     "serve": {"api", "pipeline", *STAGES, *FRONT, *MODELS},
-    "cli": {"api", "pipeline", "doctor", "serve", "training", "tuning", *STAGES, *FRONT, *MODELS},
+    "bench": {"api", "pipeline", "doctor", *STAGES, *FRONT, *MODELS},
+    "cli": {"api", "bench", "pipeline", "doctor", "serve", "training", "tuning", *STAGES, *FRONT, *MODELS},
     "__init__": {"api", "pipeline", "result", "errors"},
     "__main__": {"cli"},
 }
@@ -54,6 +55,7 @@ FROM_ELSEWHERE: dict[str, set[str]] = {
     "scenes": {"PIL", "numpy"},
     "checkpoint": {*NEEDED_TO_RUN, "huggingface_hub"},
     "training": {*NEEDED_TO_RUN, "tomli"},
+    "bench": {*NEEDED_TO_RUN, "diffusers"},  # as a contender, where it is installed
 }
 
 

@@ -1,0 +1,67 @@
+"""The driver's side of a contender's process."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+
+
+class Failed(Exception):
+    """A contender could not do what it was told; says why in a line."""
+
+
+class Worker:
+    """A process that carries out the orders of `worker.Session`; `began` is the moment it was started."""
+
+    def __init__(self, environment: dict[str, str] | None = None) -> None:
+        path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+        self._complaints = tempfile.TemporaryFile("w+", errors="replace")
+        self.began = time.time()
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "fastldm.bench.worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._complaints,
+            text=True,
+            env={**os.environ, "PYTHONPATH": path, **(environment or {})},
+        )
+
+    def order(self, what: str, **arguments: Any) -> None:
+        """Have something done; `answer` waits for it."""
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # its end is told by `answer`
+            self._process.stdin.write(json.dumps({"do": what, **arguments}) + "\n")
+            self._process.stdin.flush()
+
+    def answer(self) -> dict[str, Any]:
+        """How the last order went; Failed where it did not."""
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            self._complaints.seek(0)
+            last = (self._complaints.read().strip().splitlines() or [""])[-1]
+            raise Failed(f"ended with exit code {self._process.wait()}: {last}"[:300])
+        reply: dict[str, Any] = json.loads(line)
+        if "failed" in reply:
+            raise Failed(reply["failed"])
+        return reply
+
+    def ask(self, what: str, **arguments: Any) -> dict[str, Any]:
+        """Order, and answer."""
+        self.order(what, **arguments)
+        return self.answer()
+
+    def close(self) -> None:
+        """End the process."""
+        self._process.kill()
+        self._process.communicate()
+        self._complaints.close()
