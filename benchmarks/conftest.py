@@ -11,9 +11,11 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import compare, machine
+from benchmarks import compare
+from fastldm.bench import machine
+from fastldm.bench.race import Table
 
-TABLES = pytest.StashKey[list[compare.Table]]()
+TABLES = pytest.StashKey[list[Table]]()
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -21,7 +23,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     add = parser.getgroup("fastldm").addoption
     add("--quick", action="store_true", help="small sizes, one round, no torch.compile: does everything run?")
     add("--full", action="store_true", help="torch.compile of full-size models too; four times the rounds")
-    add("--model", metavar="FOLDER", help="for the pictures, a diffusers folder other than the shipped one")
+    add("--model", metavar="FOLDER", help="a model other than the shipped one, by path")
     add("--json-out", metavar="NAME", help="write the tables and the machine to benchmarks/results/NAME.json")
 
 
@@ -36,19 +38,29 @@ def effort(pytestconfig: pytest.Config) -> int:
 
 
 @pytest.fixture
-def race(benchmark: Any, pytestconfig: pytest.Config, effort: int) -> Iterator[Callable[..., compare.Table]]:
-    """`compare.race`, once a test, its budget that of the default run; the table is printed at the end."""
-    made: list[compare.Table] = []
+def keep(benchmark: Any, pytestconfig: pytest.Config) -> Callable[[Table], None]:
+    """Takes a table to be printed at the end, and into pytest-benchmark's own file."""
 
-    def run(title: str, contenders: compare.Contenders, *, budget: float, **rest: Any) -> compare.Table:
+    def take(table: Table) -> None:
+        pytestconfig.stash[TABLES].append(table)
+        benchmark.extra_info.update(asdict(table))
+
+    return take
+
+
+@pytest.fixture
+def race(benchmark: Any, keep: Callable[[Table], None], effort: int) -> Iterator[Callable[..., Table]]:
+    """`compare.race`, once a test, its budget that of the default run; the table is printed at the end."""
+    made: list[Table] = []
+
+    def run(title: str, contenders: compare.Contenders, *, budget: float, **rest: Any) -> Table:
         made.append(compare.race(benchmark, title, contenders, budget=effort * budget, **rest))
         return made[0]
 
     with torch.inference_mode():
         yield run
     for table in made:
-        pytestconfig.stash[TABLES].append(table)
-        benchmark.extra_info.update(asdict(table))
+        keep(table)
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:

@@ -4,7 +4,8 @@ Parts, each also alone with --only and within ten minutes: `build` compiles the 
 `correctness` holds every kernel at the models' shapes to float64; `tune` is a `fastldm tune` for SD1.5, its
 table under --out; `ops` times every op, by that table where there is one, beside what PyTorch has, and beside
 what its bytes and operations allow on this machine. A short table comes last; gpu.json, written after every
-row, lies under --out. --predict needs no GPU: the times at best, and what is wanted.
+row, lies under --out. The other parts are whole models: see `gpu_models`. --predict needs no GPU: the times
+at best, and what is wanted.
 """
 
 from __future__ import annotations
@@ -22,14 +23,15 @@ from typing import Any
 
 import torch
 
+from benchmarks import gpu_models
 from benchmarks.bounds import H200, Machine, prediction, targets, work
 from benchmarks.calls import SHAPES, Call, Shape, copy
-from benchmarks.compare import seconds
 from fastldm import ops
+from fastldm.bench.race import seconds
 from fastldm.kernels import measuring
 
 ROOT = Path(__file__).parents[1]
-PARTS = ("build", "correctness", "tune", "ops")
+PARTS = ("build", "correctness", "tune", "ops", *gpu_models.PARTS)
 BACKENDS = ("cuda", "triton")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MINUTES = 8.5  # of a part; what is begun by then may take another
@@ -75,6 +77,9 @@ def run(part: str, out: Path, budget: float, found: Findings) -> None:
         subprocess.run(build, cwd=ROOT, check=True, capture_output=True, text=True)
         return
     found.facts.setdefault("machine", machine())
+    if part in gpu_models.PARTS:
+        gpu_models.run(part, budget, found.add)
+        return
     until = time.perf_counter() + budget
     tuned_file = out / "tuned.json"
     if part == "tune":
@@ -302,7 +307,7 @@ def wrong(found: dict[str, Any]) -> list[str]:
         ours, plain = (sum(row[name] ** 2 for row in rows) ** 0.5 for name in ("error_rms", "reference_rms"))
         if not ours <= 1.5 * plain:
             told.append(f"WRONG {' '.join(case)}: RMS error {ours:.2g}, PyTorch {plain:.2g}")
-    return told
+    return told + gpu_models.wrong(found)
 
 
 def table(found: dict[str, Any]) -> str:
@@ -331,7 +336,7 @@ def table(found: dict[str, Any]) -> str:
                 f"{row['rate']}, {row['share']:.0%} of the bound {seconds(row['bound'])} ({row['bound_by']})"
             )
             lines.append(f"    {'; '.join([reached, *goals])}")
-    return "\n".join(lines)
+    return "\n".join([*lines, *gpu_models.lines(found)])
 
 
 def _short(error: Exception) -> str:

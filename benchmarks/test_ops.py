@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.calls import SHAPES, TOKENS, TOLERANCES, Call, Shape, copy, product
-from benchmarks.compare import Table, compiled
+from benchmarks.compare import compiled
 from fastldm import ops
+from fastldm.bench.race import Table
 
 # PyTorch has no fast path for these on a CPU without bfloat16: a call takes minutes.
 SLOW_IN_BFLOAT16 = {"conv2d", "geglu", "upsample_conv"}

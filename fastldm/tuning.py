@@ -6,7 +6,6 @@ import json
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,21 +16,14 @@ from fastldm.checkpoint.load import open_source
 from fastldm.checkpoint.networks import build
 from fastldm.errors import BackendUnavailable, InvalidArgument
 from fastldm.models.layers import channels_last
-from fastldm.models.unet import UNet, UNetConfig
-from fastldm.models.vae import AutoencoderKL, VAEConfig
+from fastldm.models.unet import UNet
+from fastldm.models.vae import AutoencoderKL
 from fastldm.models.vae_strips import decode
 from fastldm.ops import missing
 from fastldm.ops.recording import Call, recording
+from fastldm.presets import PRESETS
 from fastldm.runtime.denoise import Slots, advance
 
-SD21 = replace(
-    UNetConfig(),
-    heads=(5, 10, 20, 20),
-    cross_attention_dim=1024,
-    use_linear_projection=True,
-    sample_size=96,
-)
-KNOWN = {"sd15": UNetConfig(), "sd21": SD21}
 TOKENS = 77  # of a prompt
 CAPABILITIES = (80, 90, 100)
 
@@ -41,12 +33,12 @@ Report = Callable[[str], None]
 def calls_of(model: str, dtype: torch.dtype) -> list[Call]:
     """Every call of an op in one guided step and one decode of an image of the model's own size.
 
-    model: sd15 or sd21 (no files needed), or what `fastldm.load` takes; no weights are read. The tensors are
+    model: a preset (no files needed), or what `fastldm.load` takes; no weights are read. The tensors are
     on the meta device.
     """
     with torch.device("meta"), torch.no_grad():
-        if model in KNOWN:
-            unet, vae = UNet(KNOWN[model]), AutoencoderKL(VAEConfig())
+        if model in PRESETS:
+            unet, vae = UNet(PRESETS[model].unet), AutoencoderKL(PRESETS[model].vae)
         else:
             unet, vae, _ = build(open_source(model))
         for network in (unet, vae):

@@ -128,7 +128,7 @@ class Lineup:
                 self.failed[name] = wrong
         racing = [name for name in setup.contenders if name not in self.failed]
         for name in self.workers.keys() - set(racing):
-            self.workers[name].close()
+            self.workers.pop(name).close()
         self.parts: dict[str, list[dict[str, float]]] = {name: [] for name in racing}
         for name in racing * WARM_UP if setup.device != "cpu" else ():
             self._time(name)
@@ -164,6 +164,10 @@ class Lineup:
             else:
                 rows[name] = replace(raced[name], parts=medians(self.parts[name]))
         notes = [f"{name}: the first call took {seconds(self.first[name])}" for name in raced]
+        if self.setup.device != "cpu" and self.part != "image":
+            for name, worker in self.workers.items():
+                count = worker.ask("kernels", **asdict(self.case))["kernels"]
+                notes.append(f"{name}: {count} kernels and copies a call")
         if self.clocks.samples:
             notes.append(f"the GPU at {self.clocks}")
         return Table(title, "GFLOP/s" if work else "", self.race.rounds, rows, notes)

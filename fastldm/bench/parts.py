@@ -20,19 +20,24 @@ COLD_ROUNDS = 3
 COMPILERS = (COMPILED, AUTOTUNED, UNFUSED)  # growth would compile them anew at every size
 
 
+TITLES = {"step": "Guided step of the UNet", "vae": "Decode of the autoencoder", "image": "Picture"}
+
+
 def title(what: str, setup: Setup, case: Case) -> str:
-    """What a table is of."""
+    """What a table is of; `what` is a value of `TITLES` or alike."""
+    steps = f" in {setup.steps} steps" if "icture" in what else ""
     pictures = f", {case.batch} pictures" if case.batch > 1 else ""
-    return f"{what} of {setup.model.name}, {case.side}x{case.side}{pictures}, {setup.dtype}, {setup.device}"
+    size = f"{case.side}x{case.side}{pictures}"
+    return f"{what} of {setup.model.name}{steps}, {size}, {setup.dtype}, {setup.device}"
 
 
-def race(part: str, what: str) -> Callable[[Setup, Case], Iterator[Table]]:
+def race(part: str) -> Callable[[Setup, Case], Iterator[Table]]:
     """The part that is one race."""
 
     def run(setup: Setup, case: Case) -> Iterator[Table]:
         with lined_up(setup, part, case) as lineup:
             lineup.run()
-            yield lineup.table(title(what.format(setup=setup), setup, case))
+            yield lineup.table(title(TITLES[part], setup, case))
 
     return run
 
@@ -71,8 +76,7 @@ def cold(setup: Setup, case: Case) -> Iterator[Table]:
     right = {entry: row for entry, row in race.rows(errors=errors).items() if entry not in failed}
     rows = {entry: replace(row, parts=medians(starts[entry])) for entry, row in right.items()}
     rows |= {entry: Row(failed=why) for entry, why in failed.items()}
-    what = f"From process start to the first picture of {setup.steps} steps"
-    yield Table(title(what, setup, case), "", rounds, rows)
+    yield Table(title("From process start to the first picture", setup, case), "", rounds, rows)
 
 
 def _caches_in(folder: str) -> dict[str, str]:
@@ -160,9 +164,9 @@ def exponent(points: Sequence[tuple[float, float]]) -> float:
 
 
 PARTS: dict[str, Callable[[Setup, Case], Iterator[Table]]] = {
-    "step": race("step", "Guided step of the UNet"),
-    "vae": race("vae", "Decode of the autoencoder"),
-    "image": race("image", "Picture in {setup.steps} steps"),
+    "step": race("step"),
+    "vae": race("vae"),
+    "image": race("image"),
     "cold": cold,
     "growth": growth,
     "memory": memory,

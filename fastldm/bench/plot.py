@@ -7,13 +7,21 @@ from collections.abc import Sequence
 
 from PIL import Image, ImageDraw, ImageFont
 
+from fastldm.bench.contenders import CONTENDERS
 from fastldm.bench.race import Table, seconds
 
 WIDTH, MARGIN, BAR, GAP, LABEL = 1200, 40, 26, 12, 380
 GRAPH = 340  # height of a panel of lines
-INK, FAINT, PAPER = (32, 34, 38), (206, 210, 216), (255, 255, 255)
-OURS = (18, 107, 196)
-OTHERS = ((120, 128, 140), (214, 122, 36), (46, 139, 87), (150, 80, 160), (176, 58, 58), (90, 90, 90))
+INK, FAINT_INK, FAINT, PAPER = (32, 34, 38), (110, 116, 126), (206, 210, 216), (255, 255, 255)
+COLOURS = (  # of the contenders, in their order
+    (18, 107, 196),
+    (120, 170, 220),
+    (170, 176, 186),
+    (120, 128, 140),
+    (214, 122, 36),
+    (46, 139, 87),
+    (120, 180, 110),
+)
 
 
 def draw(tables: Sequence[Table], caption: str) -> Image.Image:
@@ -26,7 +34,7 @@ def draw(tables: Sequence[Table], caption: str) -> Image.Image:
         panel.draw(pen, top)
         top += panel.height
     for number, line in enumerate(_wrapped(caption)):
-        pen.text((MARGIN, top + 20 * number), line, fill=OTHERS[0], font=_font(14))
+        pen.text((MARGIN, top + 20 * number), line, fill=FAINT_INK, font=_font(14))
     return picture
 
 
@@ -44,8 +52,10 @@ class _Panel:
         self.height = 36 + count * (BAR + GAP) + (GRAPH + 60 if self.whats else 0) + MARGIN
 
     def colour(self, name: str) -> tuple[int, int, int]:
-        place = list(self.table.rows).index(name)
-        return OURS if place == 0 else OTHERS[(place - 1) % len(OTHERS)]
+        """Each contender's own, in all panels."""
+        known = [each for each in CONTENDERS.values() if name.startswith(each)]
+        place = list(CONTENDERS.values()).index(max(known, key=len)) if known else 1
+        return COLOURS[place]
 
     def draw(self, pen: ImageDraw.ImageDraw, top: int) -> None:
         """Onto the picture, from this height down."""
