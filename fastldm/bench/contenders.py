@@ -237,6 +237,9 @@ class Picture(Contender):
         for network, method in ((pipe.unet, "forward"), (pipe.vae, "decode")):
             self.settled(network)
             self.compiled(network, method)
+        if shift := pipe.vae.config.shift_factor:  # which this pipeline, unlike later ones, leaves out
+            decode = pipe.vae.decode
+            pipe.vae.decode = lambda latents, *rest, **named: decode(latents + shift, *rest, **named)
         self.pipe = pipe
         self._timed(pipe, "encode_prompt", "text")
         self._timed(pipe.vae, "decode", "decode")
