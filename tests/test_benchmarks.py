@@ -14,9 +14,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import bounds, calls, gpu
-from benchmarks.compare import race, seconds
+from benchmarks import bars, bounds, calls, gpu, gpu_models
+from benchmarks.compare import race
 from fastldm import ops, tuning
+from fastldm.bench.contenders import CHANNELS_LAST, EAGER, OURS
+from fastldm.bench.race import Row, Table
 from fastldm.errors import BackendUnavailable
 from fastldm.kernels import measuring
 
@@ -58,12 +60,8 @@ def test_a_contender_that_differs_is_not_timed(wrong: torch.Tensor) -> None:
         race(Benchmark(), "t", contenders, budget=0, truth="theirs", tolerance=1e-2)
 
 
-def test_seconds_have_three_digits_and_a_unit() -> None:
-    assert [seconds(s) for s in (12.345, 0.0123, 4.5e-6)] == ["12.3 s", "12.3 ms", "4.5 µs"]
-
-
 def test_the_quick_suite_runs() -> None:
-    options = ["benchmarks", "--benchmark-only", "--quick", "-q", "-k", "import or op or unet"]
+    options = ["benchmarks", "--benchmark-only", "--quick", "-q", "-k", "import or op or (step and float32)"]
     # Without what xdist leaves for its workers, under which pytest-benchmark times nothing.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     ran = subprocess.run(
@@ -74,7 +72,52 @@ def test_the_quick_suite_runs() -> None:
         text=True,
     )
     assert ran.returncode == 0, ran.stdout + ran.stderr
-    assert "UNet step of scenes" in ran.stdout and "import fastldm, without torch" in ran.stdout
+    assert (
+        "Guided step of the UNet of default" in ran.stdout and "import fastldm, without torch" in ran.stdout
+    )
+
+
+def test_bars_stand_beside_what_was_got() -> None:
+    table = Table("t", "", 3, {OURS: Row(0.1, 0.12, 0.2, 1.0), EAGER: Row(0.4, 0.4, 0.4, 3.5)})
+    assert bars.Bar(3.0, 5.0, EAGER).judge(table) == f"bar: ≥ 3 × {EAGER} (aim 5): 3.50, met"
+    assert bars.Bar(0.1).judge(table) == "bar: ≤ 100 ms: 120 ms, MISSED"
+    assert bars.Bar(3.0, None, CHANNELS_LAST).judge(table).endswith("not measured")
+    wrong = Table("t", "", 3, {OURS: Row(failed="wrong"), EAGER: table.rows[EAGER]})
+    assert bars.Bar(3.0, 5.0, EAGER).judge(wrong).endswith("not measured")
+
+
+def test_the_bars_of_a_cold_start() -> None:
+    parts = {"first picture": 1.2, "a later one": 1.0}
+    parts |= {"the first of another size": 2.0, "a later one of it": 0.5}
+    table = Table("t", "", 1, {f"{OURS}, empty caches": Row(40.0, 40.0, 40.0, 1.0, parts=parts)})
+    assert bars.of_cold(table) == ["bar: the first picture once loaded ≤ 1.1 × a later one: 1.20, MISSED"]
+    assert [told.rsplit(", ")[-1] for told in bars.of_cold(table, on_gpu=True)] == ["MISSED", "met"]
+    assert bars.of_cold(Table("t", "", 1, {})) == ["bar: cold start: not measured"]
+
+
+def test_a_part_for_models_on_a_gpu_runs_and_is_read_back(tmp_path: Path) -> None:
+    """On the CPU, with the shipped model, as what gpu.json keeps."""
+    found = gpu.Findings(tmp_path / "gpu.json")
+    small = {"device": "cpu", "model": "default", "rounds": 1, "dtype": "fp32"}
+    with found.within("sd21-step"):
+        gpu_models.run("sd21-step", 0.0, found.add, contenders=["fastldm", "reference"], **small)
+    kept = json.loads((tmp_path / "gpu.json").read_text())
+    assert "failed" not in kept and not gpu.wrong(kept)
+    said = gpu.table(kept)
+    assert "Guided step of the UNet of default" in said and "bar: ≤ 12.5 ms (aim 10 ms): " in said
+    kept["sd21-step"][0]["rows"]["fastldm"]["failed"] = "wrong: error 1"
+    assert gpu.wrong(kept) == ["sd21-step: fastldm wrong: error 1"]
+
+
+def test_every_part_for_models_names_what_there_is() -> None:
+    from fastldm.bench import command, contenders, parts
+    from fastldm.presets import PRESETS
+
+    for asked in gpu_models.PARTS.values():
+        assert asked["model"] in PRESETS and set(asked["parts"]) <= set(parts.PARTS)
+        assert set(asked["contenders"]) <= set(contenders.CONTENDERS)
+        assert set(asked) <= set(command.measure.__kwdefaults__)
+    assert set(bars.GPU) <= set(gpu_models.PARTS)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device")

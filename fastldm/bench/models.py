@@ -78,7 +78,8 @@ def operations(part: str, model: Model, case: Case) -> int:
         else:
             rows = 2 * case.batch
             unet = UNet(UNetConfig.from_dict(read(folder / "unet")))
-            condition = unet.condition(torch.empty(rows, model.tokens, model.context_width), torch.empty(1))
+            context = torch.empty(rows, model.tokens, model.context_width)
+            condition = unet.condition(context, torch.empty(rows, 1))
             latents = torch.empty(rows, model.in_channels, side, side)
             unet(latents, condition, torch.zeros(rows, dtype=torch.long))
     return counter.get_total_flops()
