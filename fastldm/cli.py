@@ -295,7 +295,7 @@ def _parser() -> Parser:
     add("parts", nargs="*", metavar="PART", help="step, vae, image, cold, growth, memory (all)")
     add("--model", metavar="NAME", help="default, sd15, sd21, sdxl-shape (random weights), or a model's path")
     add("--device", metavar="NAME", help="cpu or cuda (the best there is)")
-    add("--dtype", metavar="NAME", help="fp32, bf16 or fp16 (bf16 where the device has it)")
+    add("--dtype", metavar="NAME", help="fp32, bf16 or fp16 (the device's)")
     add(
         "--contenders", metavar="NAMES", help="fastldm,reference,eager,channels-last,compile,max-autotune,..."
     )

@@ -103,7 +103,7 @@ def measure(
             try:
                 yield from PARTS[part](setup, Case(batch, side))
             except Failed as failure:
-                raise FastLDMError(f"{part}: no truth to hold anybody to: {failure}") from None
+                raise FastLDMError(f"{part}: {failure}") from None
 
 
 def _device(given: str | None) -> str:
@@ -114,11 +114,10 @@ def _device(given: str | None) -> str:
 
 
 def _dtype(given: str | None, device: str) -> str:
-    """A GPU's is bfloat16, and so is a CPU's that has instructions for it."""
+    """As `fastldm.load` takes it."""
     if given is not None:
         return DTYPES[checks.choice("dtype", given, tuple(DTYPES))]
-    quick = device == "cuda" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return "bfloat16" if quick else "float32"
+    return "bfloat16" if device == "cuda" else "float32"
 
 
 def _contenders(given: Sequence[str] | str | None, model: str, device: str) -> list[str]:

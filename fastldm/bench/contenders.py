@@ -134,8 +134,8 @@ class Network(Contender):
         network.load_state_dict(state, assign=True)
         return channels_last(network.eval().requires_grad_(False))
 
-    def bound(self, run: Call) -> Call:
-        """The call with this contender's backends, captured where fastldm runs on a GPU."""
+    def bound(self, run: Call, as_graph: bool = True) -> Call:
+        """The call with this contender's backends, captured where fastldm runs on a GPU and can be."""
         from fastldm import ops
 
         if self.name == REFERENCE:
@@ -145,7 +145,7 @@ class Network(Contender):
                     return run()
 
             return by_reference
-        return captured(run) if self.name == OURS and self.device.type == "cuda" else run
+        return captured(run) if as_graph and self.name == OURS and self.device.type == "cuda" else run
 
 
 class Step(Network):
@@ -204,9 +204,10 @@ class Decode(Network):
         side = case.side // self.model.factor
         latents = self.drawn(sample, case.batch, self.model.latent_channels, side, side)
         if self.is_ours:
-            from fastldm.models.vae_strips import decode
+            from fastldm.models.vae_strips import UNTILED_BUDGET, decode, peak_bytes
 
-            return self.bound(lambda: decode(self.network, latents))
+            size = peak_bytes(self.network.config, case.side, case.side, latents.element_size(), None)
+            return self.bound(lambda: decode(self.network, latents), as_graph=size <= UNTILED_BUDGET)
         return lambda: self.network.decode(latents, return_dict=False)[0]
 
 

@@ -18,8 +18,6 @@ BATCHES = (1, 2, 4, 8)
 SIZES = (0.5, 0.75, 1.0, 1.5)  # of the model's own side
 COLD_ROUNDS = 3
 COMPILERS = (COMPILED, AUTOTUNED, UNFUSED)  # growth would compile them anew at every size
-
-
 TITLES = {"step": "Guided step of the UNet", "vae": "Decode of the autoencoder", "image": "Picture"}
 
 
@@ -71,10 +69,12 @@ def cold(setup: Setup, case: Case) -> Iterator[Table]:
                         worker.close()
                     if wrong is not None:
                         failed[entry] = wrong
-    race = Race({})
-    race.times = {entry: [each.pop("total") for each in found] for entry, found in starts.items()}
-    right = {entry: row for entry, row in race.rows(errors=errors).items() if entry not in failed}
-    rows = {entry: replace(row, parts=medians(starts[entry])) for entry, row in right.items()}
+    right = {entry: found for entry, found in starts.items() if entry not in failed}
+    timed = Race({})
+    timed.times = {entry: [start.pop("total") for start in found] for entry, found in right.items()}
+    rows = {
+        entry: replace(row, parts=medians(right[entry])) for entry, row in timed.rows(errors=errors).items()
+    }
     rows |= {entry: Row(failed=why) for entry, why in failed.items()}
     yield Table(title("From process start to the first picture", setup, case), "", rounds, rows)
 

@@ -35,16 +35,12 @@ class Worker:
             env={**os.environ, "PYTHONPATH": path, **(environment or {})},
         )
 
-    def order(self, what: str, **arguments: Any) -> None:
-        """Have something done; `answer` waits for it."""
-        assert self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # its end is told by `answer`
+    def ask(self, what: str, **arguments: Any) -> dict[str, Any]:
+        """Have something done, and wait; Failed where it did not work."""
+        assert self._process.stdin is not None and self._process.stdout is not None
+        with contextlib.suppress(BrokenPipeError):  # the end of the process is told below
             self._process.stdin.write(json.dumps({"do": what, **arguments}) + "\n")
             self._process.stdin.flush()
-
-    def answer(self) -> dict[str, Any]:
-        """How the last order went; Failed where it did not."""
-        assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
             self._complaints.seek(0)
@@ -54,11 +50,6 @@ class Worker:
         if "failed" in reply:
             raise Failed(reply["failed"])
         return reply
-
-    def ask(self, what: str, **arguments: Any) -> dict[str, Any]:
-        """Order, and answer."""
-        self.order(what, **arguments)
-        return self.answer()
 
     def close(self) -> None:
         """End the process."""

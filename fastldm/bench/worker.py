@@ -30,7 +30,7 @@ class Session:
         self.calls: dict[tuple[int, int, int], Any] = {}
         place, numbers = torch.device(device), getattr(torch, dtype)
         self.contender = PARTS[part](contender, Model(**model), place, numbers, **options)
-        return {"imported": imported, "loaded": time.time(), "bytes": memory(place)}
+        return {"imported": imported, "bytes": memory(place)}
 
     def exact(self, batch: int, side: int, samples: int, file: str) -> dict[str, Any]:
         """Write what the calls of so many samples make; how long the first took, which may have compiled."""

@@ -90,7 +90,11 @@ def test_who_is_wrong_or_breaks_has_no_time(
     table = measured(small, "step", "float32", (REFERENCE, CHANNELS_LAST))
     assert table.rows[OURS].median is None and "wrong: error" in str(table.rows[OURS].failed)
     assert table.rows[REFERENCE].median is not None and table.rows[REFERENCE].error == 0
-    assert table.rows[CHANNELS_LAST].failed == "failed: ImportError: a broken installation"
+    broken = "failed: ImportError: a broken installation"
+    assert table.rows[CHANNELS_LAST].failed == broken
+    starts = measured(small, "cold", "float32", (CHANNELS_LAST,)).rows
+    assert starts[f"{OURS}, empty caches"].median is not None
+    assert starts[f"{CHANNELS_LAST}, empty caches"].failed == broken
 
 
 def test_a_process_that_ends_or_fails_is_told() -> None:
