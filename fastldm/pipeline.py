@@ -1,17 +1,18 @@
 """Prompt to image: arguments → text → noise → table → condition → denoise → decode, each a public method.
 
-A pipeline does not change after loading; calls from several threads are served one after the other.
+A pipeline does not change after loading; calls from several threads are served one after the other. `stages`
+is the way of one request; `generate` drives it through a bucket of slots of its own, and
+`fastldm.runtime.Batcher` through slots that several requests share.
 """
 
 from __future__ import annotations
 
-import threading
+import contextlib
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from functools import cached_property, partial
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -20,20 +21,24 @@ from fastldm import __version__, ops
 from fastldm.arguments import Limits, Request, check_generate
 from fastldm.checkpoint import Components, inspect
 from fastldm.diffusion import SamplerTable, build_table
-from fastldm.errors import CheckpointError, InvalidArgument, NonFiniteOutput, OutOfMemory
+from fastldm.errors import CheckpointError, InvalidArgument, NonFiniteOutput
 from fastldm.models.layers import channels_last
 from fastldm.models.text import TextConditioner, TextEmbeddings
 from fastldm.models.unet import UNetCondition
 from fastldm.models.vae_strips import decode, peak_bytes
 from fastldm.result import Result
-from fastldm.runtime.denoise import Slots, denoise
-from fastldm.runtime.memory import available_bytes
+from fastldm.runtime.graphs import CudaRecorder, Graphs
+from fastldm.runtime.memory import TensorCache, available_bytes, out_of_memory, to_device, to_host
+from fastldm.runtime.slots import Group, Outcome, Slots, Watch, smallest, split
+from fastldm.runtime.turns import Turns
 
-BUCKET = 8  # most images that run side by side
+EMBEDDED, CONDITIONED = 16 << 20, 128 << 20  # bytes kept of embedded text, and of its keys and values
 
 
 class Pipeline:
-    """A loaded model that makes images from prompts; `fastldm.load` makes one."""
+    """A loaded model that makes images from prompts; `fastldm.load` makes one. Threads may share it: what it
+    remembers, text and captured graphs, is used within a `turn`.
+    """
 
     def __init__(
         self,
@@ -50,7 +55,14 @@ class Pipeline:
         for network in (components.unet, components.vae, components.text_encoder):
             channels_last(network.to(device, dtype))
         self.text = TextConditioner(components.tokenizer, components.text_encoder)
-        self._lock = threading.Lock()
+        self.turns = Turns()
+        recorder = CudaRecorder(device) if device.type == "cuda" else None
+        self.graphs = Graphs(recorder, available_bytes(device) // 4)
+        self._embedded, self._conditioned = TensorCache(EMBEDDED), TensorCache(CONDITIONED)
+        networks = (components.unet, components.vae, components.text_encoder)
+        self._weights = [weight for network in networks for weight in network.parameters()]
+        self._places: list[int] = []
+        self._versions: object = None
 
     def __repr__(self) -> str:
         return f"Pipeline({self.components.path}, {self.components.family}, {self.device}, {self.dtype})"
@@ -78,50 +90,83 @@ class Pipeline:
             context_length=self.text.length,
         )
 
-    @torch.inference_mode()
     def generate(self, prompt: str | list[str] | None = None, **arguments: Any) -> Result:
         """Make images; keywords as in `fastldm.generate`.
 
+        Up to 8 images run side by side. On a GPU they take the smallest of 1, 2, 4 or 8 slots that holds
+        them; on a CPU, where an empty slot costs time, they go in groups that fill theirs (11 = 8 + 2 + 1).
         Raises InvalidArgument before any work, TypeError for an unknown keyword, OutOfMemory,
         NonFiniteOutput.
         """
-        request = check_generate(self.limits, prompt=prompt, **arguments)
-        table = self.table(request)
-        with self._lock, ops.use_backends(self.backends):
-            try:
-                return self._run(request, table)
-            except (MemoryError, RuntimeError) as error:
-                if isinstance(error, RuntimeError) and not _is_out_of_memory(error):
-                    raise
-                asked = f"{request.count} images of {request.width}x{request.height}"
-                raise OutOfMemory(f"{asked}: {error}") from None
+        request = self.check(prompt, **arguments)
+        stages = self.stages(request, split(request.count, padded=self.device.type == "cuda"))
+        with self.turn():
+            outcome = None
+            while True:
+                try:
+                    group = stages.send(outcome)
+                except StopIteration as finished:
+                    return finished.value
+                count = smallest(len(group.latents))
+                outcome = self.slots(group, count, group.guided, request.cuda_graph).complete(group)
 
-    def _run(self, request: Request, table: SamplerTable) -> Result:
+    def check(self, prompt: str | list[str] | None = None, **arguments: Any) -> Request:
+        """The request that these keywords of `generate` describe, or the error for the first wrong one."""
+        request = check_generate(self.limits, prompt=prompt, **arguments)
+        if request.cuda_graph and self.device.type != "cuda":
+            raise InvalidArgument("cuda_graph", True, "None or False: this pipeline runs on the CPU")
+        return request
+
+    @contextlib.contextmanager
+    def turn(self) -> Iterator[None]:
+        """The pipeline for one caller: nobody else runs it or changes its weights within the block."""
+        with self.turns, ops.use_backends(self.backends), torch.inference_mode():
+            self._forget_what_weights_changed()
+            yield
+
+    def stages(self, request: Request, groups: list[range]) -> Generator[Group, Outcome | None, Result]:
+        """The way of one request: yields each group of its images when it is ready to be denoised, is sent
+        the outcome, and returns the result. To be driven within a `turn`; InvalidArgument comes at once.
+        """
+        return self._stages(request, groups, self.table(request))
+
+    def _stages(
+        self, request: Request, groups: list[range], table: SamplerTable
+    ) -> Generator[Group, Outcome | None, Result]:
         clock = Clock()
-        text = self.encode(request)
-        clock.lap("text")
         finished: list[Tensor] = []
         stopped = False
-        for start in range(0, request.count, BUCKET):
-            images = range(start, min(start + BUCKET, request.count))
-            generators = [torch.Generator("cpu").manual_seed(request.seeds[i]) for i in images]
-            latents = self.start(request, table, images, generators)
-            condition = self.condition(request, table, text, images)
-            clock.lap("condition")
-            latents, stopped = self.denoise(request, table, latents, condition, generators, images)
-            finished.append(latents)
-            clock.lap("denoise")
-            if stopped:
-                break
-        latents = torch.cat(finished)
-        as_latents = request.output_type == "latent"
-        output: Any = latents.contiguous() if as_latents else self.decode(latents, request.output_type)
-        clock.lap("decode")
+        with out_of_memory(f"{request.count} images of {request.width}x{request.height}"):
+            text = self.encode(request)
+            clock.lap("text")
+            for number, images in enumerate(groups):
+                generators = [torch.Generator("cpu").manual_seed(request.seeds[i]) for i in images]
+                latents = self.start(request, table, images, generators)
+                watch = _watch(request, number, len(groups), len(table.draws))
+                group = self.condition(request, table, text, images, latents, generators, watch)
+                clock.lap("condition")
+                outcome = yield group
+                assert outcome is not None
+                if not (outcome.stopped or torch.isfinite(outcome.latents).all()):
+                    latents_of = f"the latents of {request.count} images"
+                    raise NonFiniteOutput(f"{latents_of} are not finite; dtype is {self.dtype}")
+                finished.append(outcome.latents)
+                clock.lap("denoise")
+                if stopped := outcome.stopped:
+                    break
+            latents = torch.cat(finished)
+            output = (
+                latents.contiguous()
+                if request.output_type == "latent"
+                else self.decode(latents, request.output_type, request.cuda_graph)
+            )
+            clock.lap("decode")
+        captured = () if request.cuda_graph is False else self.graphs.failures.values()
         return Result(
             images=output,
             seeds=request.seeds[: len(latents)],
             timings=clock.seconds(),
-            warnings=(*self.components.warnings, *request.warnings, *text.warnings),
+            warnings=(*self.components.warnings, *request.warnings, *text.warnings, *dict.fromkeys(captured)),
             stopped=stopped,
             describe=partial(self._describe, request),
         )
@@ -141,7 +186,7 @@ class Pipeline:
         """Text embeddings of all images: context [2n or n, L, D], the unconditional half first."""
         if request.prompt_embeds is None:
             assert request.prompts is not None
-            return self.text.encode(request.prompts, request.negatives if request.guided else None)
+            return self._embed(request, request.prompts, request.negatives if request.guided else None)
         each = request.num_images
         conditional = (
             torch.as_tensor(request.prompt_embeds).to(self.device, self.dtype).repeat_interleave(each, dim=0)
@@ -149,13 +194,20 @@ class Pipeline:
         if not request.guided:
             return TextEmbeddings(conditional)
         if request.negative_prompt_embeds is None:
-            negative = self.text.encode(request.negatives)
+            negative = self._embed(request, request.negatives)
             if negative.context.shape[1] != conditional.shape[1]:
                 allowed = f"at most {self.text.length} tokens beside prompt_embeds="
                 raise InvalidArgument("negative_prompt", request.negatives[0], allowed)
             return TextEmbeddings(torch.cat((negative.context, conditional)), negative.warnings)
         negative_embeds = torch.as_tensor(request.negative_prompt_embeds).to(self.device, self.dtype)
         return TextEmbeddings(torch.cat((negative_embeds.repeat_interleave(each, dim=0), conditional)))
+
+    def _embed(
+        self, request: Request, prompts: list[str], negatives: list[str] | None = None
+    ) -> TextEmbeddings:
+        encoder = self.components.text_encoder
+        run = partial(self.graphs.call, "the text encoder", encoder, wanted=request.cuda_graph)
+        return self.text.encode(prompts, negatives, self._embedded.get, run)
 
     def start(
         self, request: Request, table: SamplerTable, images: range, generators: list[torch.Generator]
@@ -190,71 +242,91 @@ class Pipeline:
         the seed.
         """
         drawn = [torch.randn((1, *shape), generator=generator) for generator in generators]
-        return torch.cat(drawn).to(self.device)
+        return to_device(torch.cat(drawn), self.device)
 
     def condition(
-        self, request: Request, table: SamplerTable, text: TextEmbeddings, images: range
-    ) -> UNetCondition:
-        """What all steps of these images share."""
-        halves = range(0, len(text.context), request.count)
-        rows = [half + i for half in halves for i in images]
-        lengths = None if text.lengths is None else text.lengths[rows]
-        timesteps = table.timesteps.to(self.device, torch.float32)
-        return self.components.unet.condition(
-            text.context[rows].to(self.dtype), timesteps, context_length=lengths
-        )
-
-    def denoise(
         self,
         request: Request,
         table: SamplerTable,
-        latents: Tensor,
-        condition: UNetCondition,
-        generators: list[torch.Generator],
+        text: TextEmbeddings,
         images: range,
-    ) -> tuple[Tensor, bool]:
-        """Run the steps; the final latents (of a stopped run, the clean latents as estimated last), and
-        whether it stopped.
-        """
-        slots = Slots.of(latents, table.rows.to(self.device), request.guided, self.dtype)
-        unet = self.components.unet
-        groups, total = -(-request.count // BUCKET), len(table.draws)
-        before = images.start // BUCKET * total
-        steps = denoise(
-            slots,
-            lambda model_input, step: unet(model_input, condition, step),
-            table.draws,
-            lambda: self._noise(tuple(latents.shape[1:]), generators),
+        latents: Tensor,
+        generators: list[torch.Generator],
+        watch: Watch | None = None,
+    ) -> Group:
+        """These images, ready to be denoised: with what their steps share, computed once."""
+        rows = [half + i for half in range(0, len(text.context), request.count) for i in images]
+        return Group(
+            latents=latents,
+            table=table.rows,
+            draws=table.draws,
+            generators=generators,
+            context=[self._keys_values(text, row) for row in rows],
+            lengths=None if text.lengths is None else text.lengths[rows].tolist(),
+            time_bias=self.components.unet.time_bias(
+                to_device(table.timesteps.float(), self.device), self.dtype
+            ),
+            watch=watch,
         )
-        for i, x0 in enumerate(steps):
-            if request.progress is not None:
-                request.progress(before + i + 1, groups * total)
-            if request.callback is not None and request.callback(before + i, x0.clone()) is False:
-                steps.close()
-                return x0.clone(), True
-        if not torch.isfinite(slots.latents).all():
-            raise NonFiniteOutput(
-                f"the latents of {request.count} images are not finite; dtype is {self.dtype}"
-            )
-        return slots.latents, False
 
-    def decode(self, latents: Tensor, output_type: str = "pil") -> Any:
-        """Latents [n, C, h, w] → images as `Result.images` has them, one at a time; large ones in strips."""
-        config = self.components.vae.config
-        latents = (latents / config.scaling_factor + config.shift_factor).to(self.dtype)
-        decoded = decode(self.components.vae, latents).float()
-        if not torch.isfinite(decoded).all():
-            raise NonFiniteOutput(f"the decoded image is not finite; dtype is {self.dtype}")
+    def _keys_values(self, text: TextEmbeddings, row: int) -> Tensor:
+        """The keys and values [K] of one row of text, as the UNet packs them. Each row is computed alone, so
+        that it is the same whatever stands beside it and whether it is remembered or not.
+        """
+
+        def compute() -> Tensor:
+            return self.components.unet.keys_values(text.context[row : row + 1].to(self.dtype))[0]
+
+        return compute() if text.chunks is None else self._conditioned.get(text.chunks[row], compute)
+
+    def slots(self, group: Group, count: int, guided: bool, cuda_graph: bool | None = None) -> Slots:
+        """`count` slots for groups like this one, by a graph where there is one; with no group in them."""
+        unet = self.components.unet
+
+        def predict(
+            latents: Tensor, context: Tensor, lengths: Tensor | None, time_bias: Tensor, step: Tensor
+        ) -> Tensor:
+            return unet(latents, UNetCondition(context, time_bias, lengths), step)
+
+        return self.graphs.get(
+            ("the step", count, guided, *group.shape),
+            lambda: Slots(predict, group, count, guided, self.dtype),
+            cuda_graph,
+        )
+
+    def decode(self, latents: Tensor, output_type: str = "pil", cuda_graph: bool | None = False) -> Any:
+        """Latents [n, C, h, w] → images as `Result.images` has them, one at a time; large ones in strips.
+
+        cuda_graph: as in `generate`, within a `turn`.
+        """
+        vae = self.components.vae
+        latents = (latents / vae.config.scaling_factor + vae.config.shift_factor).to(self.dtype)
+        run = partial(self.graphs.call, "the decoder", vae.decode, wanted=cuda_graph)
+        decoded = decode(vae, latents, run).float()
+        finite = torch.isfinite(decoded).all()
         if output_type == "pil":
-            levels = decoded.mul(127.5).add(127.5).clamp_(0, 255).round_().to(torch.uint8)
-            return [
-                Image.fromarray(np.ascontiguousarray(image))
-                for image in levels.permute(0, 2, 3, 1).cpu().numpy()
-            ]
-        decoded = decoded.mul(0.5).add(0.5).clamp_(0, 1)
+            made = decoded.mul(127.5).add(127.5).clamp_(0, 255).round_().to(torch.uint8)
+        else:
+            made = decoded.mul(0.5).add(0.5).clamp_(0, 1)
+        made = made.contiguous() if output_type == "pt" else to_host(made.permute(0, 2, 3, 1).contiguous())
+        if not finite:
+            raise NonFiniteOutput(f"the decoded image is not finite; dtype is {self.dtype}")
         if output_type == "pt":
-            return decoded.contiguous()
-        return np.ascontiguousarray(decoded.permute(0, 2, 3, 1).cpu().numpy())
+            return made
+        pictures = made.numpy()
+        return [Image.fromarray(picture) for picture in pictures] if output_type == "pil" else pictures
+
+    def _forget_what_weights_changed(self) -> None:
+        """Weights changed in place make remembered text invalid, weights put elsewhere the graphs too."""
+        places = [weight.data_ptr() for weight in self._weights]
+        counted = not any(weight.is_inference() for weight in self._weights)
+        versions = [weight._version for weight in self._weights] if counted else object()
+        if places != self._places:
+            self.graphs.clear()
+        if places != self._places or versions != self._versions:
+            self._embedded.clear()
+            self._conditioned.clear()
+        self._places, self._versions = places, versions
 
     @cached_property
     def _hash(self) -> str:
@@ -271,9 +343,18 @@ class Pipeline:
         }
 
 
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether torch ran out of memory; its CPU allocator has no type of error for it, only words."""
-    return isinstance(error, torch.OutOfMemoryError) or "not enough memory" in str(error)
+def _watch(request: Request, number: int, groups: int, steps: int) -> Watch | None:
+    """What reports the steps of group `number` to the caller, who may ask to stop; None if nobody listens."""
+    progress, callback = request.progress, request.callback
+    if progress is None and callback is None:
+        return None
+
+    def watch(step: int, x0: Callable[[], Tensor]) -> bool:
+        if progress is not None:
+            progress(number * steps + step + 1, groups * steps)
+        return callback is not None and callback(number * steps + step, x0()) is False
+
+    return watch
 
 
 class Clock:

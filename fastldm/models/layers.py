@@ -68,6 +68,11 @@ def merge_heads(x: Tensor) -> Tensor:
     return x.transpose(1, 2).flatten(2)
 
 
+def repeat_rows(x: Tensor, rows: int) -> Tensor:
+    """x, or copies of it one after the other along the first axis, `rows` long; keeps the memory format."""
+    return x if len(x) == rows else torch.cat([x] * (rows // len(x)))
+
+
 class ResBlock(nn.Module):
     """x + conv(silu(norm(conv(silu(norm(x))) + time bias))), with a 1×1 shortcut where the width changes.
 
@@ -121,7 +126,8 @@ class Attention(nn.Module):
     """Multi-head attention over tokens, added to the residual.
 
     The keys and values come from the tokens themselves, or ready made from `keys_values(context)`: a
-    prompt's are computed once.
+    prompt's are computed once. Tokens of fewer rows than ready-made keys stand for several rows each:
+    rows i, i + n, … of the keys meet row i of n.
     """
 
     def __init__(
@@ -146,8 +152,9 @@ class Attention(nn.Module):
         key_lengths: Tensor | None = None,
     ) -> Tensor:
         keys, values = self.keys_values(tokens) if keys_values is None else keys_values
-        mixed = ops.attention(split_heads(self.to_q(tokens), self.heads), keys, values, key_lengths)
-        return self.to_out[0](merge_heads(mixed), residual)
+        queries = repeat_rows(split_heads(self.to_q(tokens), self.heads), len(keys))
+        mixed = ops.attention(queries, keys, values, key_lengths)
+        return self.to_out[0](merge_heads(mixed), repeat_rows(residual, len(keys)))
 
 
 def timestep_embedding(timesteps: Tensor, width: int) -> Tensor:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeAlias
 
 import torch
@@ -13,6 +15,8 @@ from fastldm.models.clip import CLIPTextModel
 from fastldm.models.tokenizer import TokenizedPrompt, Tokenizer
 
 Chunk: TypeAlias = tuple[tuple[int, ...], tuple[float, ...]]  # token ids, weights
+# What a chunk was embedded to, or else is embedded to now, as [L, D].
+Recall: TypeAlias = Callable[[Chunk, Callable[[], Tensor]], Tensor]
 
 
 @dataclass(frozen=True)
@@ -20,12 +24,14 @@ class TextEmbeddings:
     """`context` [rows, chunks·L, D], negative prompts first, and what the user should know of it.
 
     `lengths` int64 [rows]: how many tokens of each row count; the rest is filling, to be masked (the UNet's
-    context_length). None: all of them.
+    context_length). None: all of them. `chunks`: what each row was made of, equal for equal rows; None where
+    it came from elsewhere.
     """
 
     context: Tensor
     warnings: tuple[str, ...] = ()
     lengths: Tensor | None = None
+    chunks: tuple[tuple[Chunk, ...], ...] | None = None
 
 
 class TextConditioner:
@@ -42,41 +48,53 @@ class TextConditioner:
         self.length = min(tokenizer.max_length, text_encoder.config.max_position_embeddings)
 
     @torch.no_grad()
-    def encode(self, prompts: list[str], negatives: list[str] | None = None) -> TextEmbeddings:
+    def encode(
+        self,
+        prompts: list[str],
+        negatives: list[str] | None = None,
+        recall: Recall | None = None,
+        run: Callable[[Tensor], Tensor] | None = None,
+    ) -> TextEmbeddings:
         """Embed n prompts, and before them their n negative prompts if given.
 
         A prompt and its negative get the same number of chunks: the shorter goes on with empty ones. Nothing
         depends on what else is in the list: pairs shorter than the longest are filled up, but `lengths` takes
-        the filling away again, and every distinct chunk goes through the encoder alone.
+        the filling away again, and every distinct chunk goes through the encoder alone. `recall` may know
+        chunks of earlier calls; `run`, if given, is the encoder in another form: ids [1, L] → [1, L, D].
         """
         if negatives is not None and len(negatives) != len(prompts):
             raise InvalidArgument("negative_prompt", negatives, f"{len(prompts)}, one a prompt")
         rows = [self.tokenizer.encode(text, self.length) for text in (*(negatives or ()), *prompts)]
         empty = self.tokenizer.encode("", self.length)
         longest = [max(len(row.chunks) for row in rows[i :: len(prompts)]) for i in range(len(prompts))]
-        chunks = longest * (len(rows) // len(prompts))
+        counts = longest * (len(rows) // len(prompts))
+        chunks = tuple(_chunks(row, empty, max(counts)) for row in rows)
 
-        seen: dict[Chunk, Tensor] = {}
-        context = torch.stack([self._embed(row, empty, max(chunks), seen) for row in rows])
+        device = next(self.text_encoder.parameters()).device
+        encoder = run or self.text_encoder
+
+        def embed(chunk: Chunk) -> Tensor:
+            ids, weights = chunk
+            return weigh(encoder(torch.tensor([ids]).to(device))[0], weights)
+
+        distinct = dict.fromkeys(chunk for row in chunks for chunk in row)
+        known = {
+            chunk: recall(chunk, partial(embed, chunk)) if recall else embed(chunk) for chunk in distinct
+        }
+        context = torch.stack([torch.cat([known[chunk] for chunk in row]) for row in chunks])
         lengths = None
-        if min(chunks) != max(chunks):
-            lengths = torch.tensor(chunks, device=context.device) * self.length
+        if min(counts) != max(counts):
+            lengths = torch.tensor(counts, device=device) * self.length
         unknown = dict.fromkeys(word for row in rows for word in row.unknown)
         warnings = (f"unknown words: {', '.join(unknown)}",) if unknown else ()
-        return TextEmbeddings(context, warnings, lengths)
+        return TextEmbeddings(context, warnings, lengths, chunks)
 
-    def _embed(
-        self, prompt: TokenizedPrompt, empty: TokenizedPrompt, chunks: int, seen: dict[Chunk, Tensor]
-    ) -> Tensor:
-        """The prompt's chunks, then empty ones, `chunks` in all → [chunks·L, D]; `seen` keeps those done."""
-        keys = list(zip(prompt.chunks, prompt.weights, strict=True))
-        keys += list(zip(empty.chunks, empty.weights, strict=True)) * (chunks - len(keys))
-        for ids, weights in keys:
-            if (ids, weights) not in seen:
-                device = next(self.text_encoder.parameters()).device
-                embedding = self.text_encoder(torch.tensor([ids], device=device))[0]
-                seen[ids, weights] = weigh(embedding, weights)
-        return torch.cat([seen[key] for key in keys])
+
+def _chunks(prompt: TokenizedPrompt, empty: TokenizedPrompt, count: int) -> tuple[Chunk, ...]:
+    """The prompt's chunks, then empty ones, `count` in all."""
+    own = list(zip(prompt.chunks, prompt.weights, strict=True))
+    filling = list(zip(empty.chunks, empty.weights, strict=True))
+    return tuple(own + filling * (count - len(own)))
 
 
 def weigh(embedding: Tensor, weights: tuple[float, ...]) -> Tensor:

@@ -3,14 +3,14 @@ section 3.3)
 
 Two phases. `condition` computes everything that does not depend on the latents, once per request: the keys
 and values of every cross-attention, the time bias of every residual block at every step, the share of
-concatenated channels in the first convolution. `forward` runs one step from them.
+concatenated channels in the first convolution. `forward` runs one step from them. Guided, the context has
+two rows a picture and the latents one: what comes before the first cross-attention is computed once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -20,20 +20,18 @@ from fastldm import ops
 from fastldm.errors import CheckpointError
 from fastldm.models.config import per_level, read_config
 from fastldm.models.layers import (
-    Attention,
     Conv2d,
     Downsample,
     GroupNorm,
-    LayerNorm,
     Linear,
     ResBlock,
     Upsample,
-    from_tokens,
+    merge_heads,
+    repeat_rows,
+    split_heads,
     timestep_embedding,
-    to_tokens,
 )
-
-TRANSFORMER_EPS = 1e-6
+from fastldm.models.transformer import Transformer, TransformerBlock
 
 
 @dataclass(frozen=True)
@@ -137,99 +135,36 @@ class UNetConfig:
 
 @dataclass(frozen=True)
 class UNetCondition:
-    """What one request's steps share. Rows stand first: two per image when guided, the unconditional half
-    before the other.
-    """
+    """What the steps of B pictures share, in R rows: B, or 2B when guided, the unconditional half first."""
 
-    keys: tuple[Tensor, ...]  # one per cross-attention, in forward order: [rows, heads, L, d]
-    values: tuple[Tensor, ...]
-    time_bias: Tensor  # [rows or 1, steps, sum of the residual blocks' widths]
-    context_length: Tensor | None = None  # int [rows]; None: every row is full
-    concat_bias: Tensor | None = None  # [rows, width, H, W]: the concatenated channels' share of conv_in
-
-
-class TransformerBlock(nn.Module):
-    """Self-attention, cross-attention, GEGLU feed-forward, each after a layer norm and added to its input."""
-
-    def __init__(self, width: int, heads: int, context_width: int) -> None:
-        super().__init__()
-        self.norm1 = LayerNorm(width)
-        self.attn1 = Attention(width, heads)
-        self.norm2 = LayerNorm(width)
-        self.attn2 = Attention(width, heads, context_width)
-        self.norm3 = LayerNorm(width)
-        self.ff = FeedForward(width)
-
-    def forward(
-        self, tokens: Tensor, keys_values: tuple[Tensor, Tensor], key_lengths: Tensor | None
-    ) -> Tensor:
-        tokens = self.attn1(self.norm1(tokens), residual=tokens)
-        tokens = self.attn2(self.norm2(tokens), tokens, keys_values, key_lengths)
-        return self.ff(self.norm3(tokens), residual=tokens)
-
-
-class Gate(nn.Module):
-    """h · gelu(g) of one projection to twice the width."""
-
-    def __init__(self, width_in: int, width: int) -> None:
-        super().__init__()
-        self.proj = Linear(width_in, 2 * width)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        return ops.geglu(tokens, self.proj.weight, self.proj.bias)
-
-
-class FeedForward(nn.Module):
-    """Linear(gate(x)) + residual, four times as wide inside."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.net = nn.ModuleList([Gate(width, 4 * width), nn.Identity(), Linear(4 * width, width)])
-
-    def forward(self, tokens: Tensor, residual: Tensor) -> Tensor:
-        return self.net[2](self.net[0](tokens), residual)
-
-
-class Transformer(nn.Module):
-    """Group norm, projection, transformer blocks over all pixels, projection, added to the input."""
-
-    def __init__(self, width: int, heads: int, depth: int, config: UNetConfig) -> None:
-        super().__init__()
-
-        # The same product either way; checkpoints store it as a matrix or as a 1×1 convolution.
-        projection = (
-            partial(Linear, width, width)
-            if config.use_linear_projection
-            else partial(Conv2d, width, width, 1)
-        )
-        self.norm = GroupNorm(config.norm_num_groups, width, TRANSFORMER_EPS)
-        self.proj_in: Linear | Conv2d = projection()
-        self.transformer_blocks = nn.ModuleList(
-            [TransformerBlock(width, heads, config.cross_attention_dim) for _ in range(depth)]
-        )
-        self.proj_out: Linear | Conv2d = projection()
-
-    def forward(
-        self, x: Tensor, keys_values: Iterator[tuple[Tensor, Tensor]], key_lengths: Tensor | None
-    ) -> Tensor:
-        tokens = to_tokens(self.norm(x, silu=False))
-        tokens = ops.linear(tokens, self.proj_in.weight.flatten(1), self.proj_in.bias)
-        for block in self.transformer_blocks:
-            tokens = block(tokens, next(keys_values), key_lengths)
-        tokens = ops.linear(tokens, self.proj_out.weight.flatten(1), self.proj_out.bias, to_tokens(x))
-        return from_tokens(tokens, like=x)
+    context: Tensor  # [R, K]: keys, then values, of each cross-attention in forward order, each [L, width]
+    time_bias: Tensor  # [B or 1, steps, sum of the residual blocks' widths]
+    context_length: Tensor | None = None  # int [R]; None: every row is full
+    concat_bias: Tensor | None = None  # [B, width, H, W]: the concatenated channels' share of conv_in
 
 
 @dataclass
 class StepState:
     """What the blocks take from as they run one step: time biases, keys and values in forward order, and
-    skip connections.
+    skip connections. The rows of maps and skips may be fewer than those of the rest: see `UNet.forward`.
     """
 
     time_biases: Iterator[Tensor]
     keys_values: Iterator[tuple[Tensor, Tensor]]
     key_lengths: Tensor | None
     skips: list[Tensor]
+
+
+def transformer(width: int, heads: int, depth: int, config: UNetConfig) -> Transformer:
+    """A transformer as this UNet has them."""
+    return Transformer(
+        width,
+        heads,
+        depth,
+        config.cross_attention_dim,
+        config.norm_num_groups,
+        config.use_linear_projection,
+    )
 
 
 class Level(nn.Module):
@@ -255,7 +190,7 @@ class Level(nn.Module):
         self.goes_up = goes_up
         self.resnets = nn.ModuleList([ResBlock(w, width, groups, eps, time_width) for w in widths_in])
         self.attentions = nn.ModuleList(
-            [Transformer(width, heads, depth, config) for _ in widths_in] if depth else []
+            [transformer(width, heads, depth, config) for _ in widths_in] if depth else []
         )
         self.downsamplers = nn.ModuleList([Downsample(width, asymmetric=False)] if resample == "down" else [])
         self.upsamplers = nn.ModuleList([Upsample(width)] if resample == "up" else [])
@@ -263,8 +198,8 @@ class Level(nn.Module):
     def forward(self, x: Tensor, state: StepState) -> Tensor:
         for i, resnet in enumerate(self.resnets):
             if self.goes_up:
-                x = torch.cat((x, state.skips.pop()), dim=1)
-            x = resnet(x, next(state.time_biases))
+                x = torch.cat((x, repeat_rows(state.skips.pop(), len(x))), dim=1)
+            x = resnet(x, next(state.time_biases)[: len(x)])
             if self.attentions:
                 x = self.attentions[i](x, state.keys_values, state.key_lengths)
             if not self.goes_up:
@@ -285,10 +220,10 @@ class MidBlock(nn.Module):
         self.resnets = nn.ModuleList(
             [ResBlock(width, width, config.norm_num_groups, config.norm_eps, time_width) for _ in range(2)]
         )
-        self.attentions = nn.ModuleList([Transformer(width, config.heads[-1], config.mid_depth, config)])
+        self.attentions = nn.ModuleList([transformer(width, config.heads[-1], config.mid_depth, config)])
 
     def forward(self, x: Tensor, state: StepState) -> Tensor:
-        x = self.resnets[0](x, next(state.time_biases))
+        x = self.resnets[0](x, next(state.time_biases)[: len(x)])
         x = self.attentions[0](x, state.keys_values, state.key_lengths)
         return self.resnets[1](x, next(state.time_biases))
 
@@ -352,36 +287,47 @@ class UNet(nn.Module):
         concat: Tensor | None = None,
         context_length: Tensor | None = None,
     ) -> UNetCondition:
-        """Everything that the steps share.
+        """Everything that the steps of B pictures share.
 
-        context [rows, L, D]; timesteps float [steps], or [rows, steps] where rows stand at different ones;
-        concat [rows, C', H, W]: channels beside the latents (mask, masked latents); context_length int
-        [rows]: tokens of each row, None when all count.
+        context [R, L, D], R = B or 2B; timesteps float [steps], or [B, steps] where pictures stand at
+        different ones; concat [B, C', H, W]: channels beside the latents (mask, masked latents);
+        context_length int [R]: tokens of each row, None when all count.
         """
-        keys, values = zip(
-            *(attention.keys_values(context) for attention in self._cross_attentions), strict=True
-        )
-        sinusoid = timestep_embedding(timesteps, self.config.block_out_channels[0]).to(context.dtype)
-        embedding = nn.functional.silu(self.time_embedding(sinusoid))
-        time_bias = torch.cat([projection(embedding) for projection in self._time_projections], dim=-1)
         concat_bias = None
         if concat is not None:
             share = self.conv_in.weight[:, self.config.latent_channels :]
             concat_bias = ops.conv2d(
                 concat.contiguous(memory_format=torch.channels_last), share, self.conv_in.bias, padding=1
             )
+        time_bias = self.time_bias(timesteps, context.dtype)
         return UNetCondition(
-            keys, values, time_bias if time_bias.dim() == 3 else time_bias[None], context_length, concat_bias
+            self.keys_values(context),
+            time_bias if time_bias.dim() == 3 else time_bias[None],
+            context_length,
+            concat_bias,
         )
 
+    def keys_values(self, context: Tensor) -> Tensor:
+        """The keys and values of every cross-attention: context [R, L, D] → [R, K], as in UNetCondition."""
+        projected = (part for module in self._cross_attentions for part in module.keys_values(context))
+        return torch.cat([merge_heads(part).flatten(1) for part in projected], dim=1)
+
+    def time_bias(self, timesteps: Tensor, dtype: torch.dtype) -> Tensor:
+        """What each timestep adds in all residual blocks: float [...] → [..., sum of their widths]."""
+        sinusoid = timestep_embedding(timesteps, self.config.block_out_channels[0]).to(dtype)
+        embedding = nn.functional.silu(self.time_embedding(sinusoid))
+        return torch.cat([projection(embedding) for projection in self._time_projections], dim=-1)
+
     def forward(self, latents: Tensor, condition: UNetCondition, step: Tensor) -> Tensor:
-        """Predict from latents [rows, C, H, W] at `step` int [rows], an index into the condition's steps."""
-        rows = latents.shape[0]
-        bias = condition.time_bias.expand(rows, -1, -1)[torch.arange(rows, device=step.device), step]
+        """Predict [R, C, H, W] from latents [B, C, H, W] at `step` int [B], an index into the condition's
+        steps; rows i and B + i belong to latents i.
+        """
+        count, rows = len(latents), len(condition.context)
+        bias = condition.time_bias.expand(count, -1, -1)[torch.arange(count, device=step.device), step]
         widths = [projection.out_features for projection in self._time_projections]
         state = StepState(
-            time_biases=iter(bias.split(widths, dim=1)),
-            keys_values=zip(condition.keys, condition.values, strict=True),
+            time_biases=iter(repeat_rows(bias, rows).split(widths, dim=1)),
+            keys_values=self._split(condition.context),
             key_lengths=condition.context_length,
             skips=[],
         )
@@ -395,3 +341,12 @@ class UNet(nn.Module):
         for block in (*self.down_blocks, self.mid_block, *self.up_blocks):
             x = block(x, state)
         return self.conv_out(self.conv_norm_out(x))
+
+    def _split(self, context: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """The packed keys and values of each cross-attention, views [R, heads, L, d]."""
+        widths = [module.to_q.out_features for module in self._cross_attentions for _ in "kv"]
+        tokens = context.shape[1] // sum(widths)
+        parts = iter(context.split([tokens * width for width in widths], dim=1))
+        for module in self._cross_attentions:
+            keys, values = (split_heads(next(parts).unflatten(1, (tokens, -1)), module.heads) for _ in "kv")
+            yield keys, values

@@ -9,7 +9,7 @@ run as it is.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -24,15 +24,17 @@ UNTILED_BUDGET = 1 << 30  # bytes of activations up to which an image is decoded
 ROWS = 64  # of a strip: what it holds is small beside the maps, and its convolutions are large enough
 
 
-def decode(vae: AutoencoderKL, latents: Tensor) -> Tensor:
+def decode(vae: AutoencoderKL, latents: Tensor, run: Callable[[Tensor], Tensor] | None = None) -> Tensor:
     """`vae.decode` without gradients, image by image, in strips where the whole would pass UNTILED_BUDGET.
 
     latents [N, C, h, w] → images [N, 3, f·h, f·w]. An image is the same to the bit whatever stands beside it.
+    `run`, if given, is `vae.decode` of one image in another form.
     """
     height, width = (side * vae.config.factor for side in latents.shape[2:])
     whole = peak_bytes(vae.config, height, width, latents.element_size(), None) <= UNTILED_BUDGET
     with torch.no_grad():
-        images = [vae.decode(one) if whole else decode_in_strips(vae, one, ROWS) for one in latents.split(1)]
+        whole_image = run or vae.decode
+        images = [whole_image(one) if whole else decode_in_strips(vae, one, ROWS) for one in latents.split(1)]
     return torch.cat(images)
 
 

@@ -1,10 +1,17 @@
-"""How much memory there is."""
+"""How much memory there is, moving tensors without waiting, and tensors kept for the next call."""
 
 from __future__ import annotations
 
+import contextlib
 import os
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterator
 
 import torch
+from torch import Tensor
+
+from fastldm.errors import OutOfMemory
 
 
 def available_bytes(device: torch.device) -> int:
@@ -21,3 +28,62 @@ def available_bytes(device: torch.device) -> int:
     except OSError:
         pass
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+
+
+@contextlib.contextmanager
+def out_of_memory(asked: str) -> Iterator[None]:
+    """Within the block, running out of memory is an OutOfMemory that says what was asked for."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        # The CPU allocator of torch has no type of error for it, only words.
+        known = isinstance(error, MemoryError | torch.OutOfMemoryError) or "not enough memory" in str(error)
+        if not known or isinstance(error, OutOfMemory):
+            raise
+        raise OutOfMemory(f"{asked}: {error}") from None
+
+
+def to_device(x: Tensor, device: torch.device) -> Tensor:
+    """x on the device; neither the host nor, for a GPU, work queued before has to wait."""
+    return (
+        x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" and x.is_cpu else x.to(device)
+    )
+
+
+def to_host(x: Tensor) -> Tensor:
+    """x on the CPU, from a GPU through pinned memory; waits for the work that makes it and for no other."""
+    if not x.is_cuda:
+        return x
+    copy = torch.empty_like(x, device="cpu", pin_memory=True).copy_(x, non_blocking=True)
+    torch.cuda.current_stream(x.device).synchronize()
+    return copy
+
+
+class TensorCache:
+    """Tensors by what they were made of; the ones used last, up to `limit` bytes. Threads may share it."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit, self.held = limit, 0
+        self._kept: OrderedDict[Hashable, Tensor] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, key: Hashable, make: Callable[[], Tensor]) -> Tensor:
+        """The tensor of this key, made now if it is not kept; not to be written to."""
+        with self._lock:
+            if key in self._kept:
+                self._kept.move_to_end(key)
+                return self._kept[key]
+        made = make()
+        with self._lock:
+            if key not in self._kept:
+                self._kept[key] = made
+                self.held += made.nbytes
+            while self.held > self.limit:
+                self.held -= self._kept.popitem(last=False)[1].nbytes
+        return made
+
+    def clear(self) -> None:
+        """Forget everything."""
+        with self._lock:
+            self._kept.clear()
+            self.held = 0

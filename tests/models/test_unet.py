@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from fastldm import ops
 from fastldm.errors import CheckpointError
 from fastldm.models.unet import UNet, UNetConfig
 
@@ -158,3 +159,25 @@ def test_padding_beyond_the_context_length_is_not_seen() -> None:
         want = unet(latents, unet.condition(context, timesteps), step)
         got = unet(latents, unet.condition(padded, timesteps, context_length=torch.tensor([5])), step)
     torch.testing.assert_close(got, want, rtol=0, atol=2e-6 * float(want.abs().max()))
+
+
+@pytest.mark.parametrize("backends", ["reference", None])
+@pytest.mark.parametrize("name", TINY)
+def test_halves_share_what_comes_before_the_first_cross_attention(name: str, backends: str | None) -> None:
+    """Guided latents given once or twice: the same numbers up to the rounding of other batch sizes."""
+    torch.manual_seed(0)
+    config = TINY[name]
+    unet = UNet(config).eval()
+    latents, context = torch.randn(2, 4, 8, 12), torch.randn(4, 5, config.cross_attention_dim)
+    extra = torch.randn(2, config.in_channels - 4, 8, 12) if config.in_channels > 4 else None
+    timesteps, step = torch.tensor([[900.0, 7.0], [400.0, 20.0]]), torch.tensor([1, 0])
+    convolved: list[int] = []
+    unet.conv_in.register_forward_hook(lambda module, given, made: convolved.append(len(made)))
+    with torch.inference_mode(), ops.use_backends(backends):
+        once = unet(latents, unet.condition(context, timesteps, extra), step)
+        twice = [None if extra is None else extra.repeat(2, 1, 1, 1), timesteps.repeat(2, 1)]
+        want = unet(latents.repeat(2, 1, 1, 1), unet.condition(context, twice[1], twice[0]), step.repeat(2))
+    assert once.shape == want.shape == (4, 4, 8, 12)
+    assert convolved in ([2, 4], [])  # of an inpainting model, the convolution is called without its module
+    torch.testing.assert_close(once, want, rtol=0, atol=2e-6 * float(want.abs().max()))
+    assert not torch.allclose(once[:2], once[2:], atol=1e-3)

@@ -1,0 +1,193 @@
+"""CUDA graphs: work captured once on buffers that never move, then replayed in one launch.
+
+What changes from request to request (prompt, seed, steps, sampler, guidance) is data in those buffers, and
+weights change in place, so a graph is made once for a key of sizes and never again. Before its capture the
+work runs a few times on a side stream: what it loads, compiles or cannot do happens there. A capture that
+fails all the same leaves the work to be launched without a graph, and `Graphs.failures` says why.
+
+All graphs of a pipeline take their temporary memory from one pool, which is safe because their replays
+follow one another. Such a pool grows with the largest graph and is given back when its last graph goes.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterable
+from typing import Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from fastldm.errors import BackendUnavailable
+
+WARM_UP = 3  # runs before capture: libraries choose their algorithms in the first, allocators settle in two
+
+# Captures of all pipelines, one at a time: each empties torch's cache of free memory.
+_capturing = threading.Lock()
+
+
+class Work:
+    """Something to run again and again on the same buffers: `launch`, or a replay of its captured graph."""
+
+    replay: Callable[[], None] | None = None
+
+    def launch(self) -> None:
+        """Do the work, one kernel after the other; never waits for the device."""
+        raise NotImplementedError
+
+    def buffers(self) -> Iterable[Tensor]:
+        """What it reads and writes beside the weights."""
+        raise NotImplementedError
+
+    def run(self) -> None:
+        """Do the work in the fastest way there is."""
+        (self.replay or self.launch)()
+
+
+class Function(Work):
+    """A function of tensors; `inputs` and `output` are its buffers."""
+
+    def __init__(self, function: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> None:
+        self.function = function
+        self.inputs = tuple(x.clone() for x in inputs)
+        self.output: Tensor | None = None
+
+    def launch(self) -> None:
+        made = self.function(*self.inputs)
+        if self.output is None:  # in the first run, which is no capture
+            self.output = torch.empty_like(made)
+        self.output.copy_(made)
+
+    def buffers(self) -> Iterable[Tensor]:
+        return self.inputs if self.output is None else (*self.inputs, self.output)
+
+
+class Recorder(Protocol):
+    """What captures: CUDA, or a stand-in that tests can look into."""
+
+    def new_pool(self) -> object:
+        """Memory that several graphs may share."""
+
+    def warm_up(self, launch: Callable[[], None]) -> None:
+        """Launch it a few times; whatever is wrong with it is raised here."""
+
+    def capture(self, launch: Callable[[], None], pool: object) -> tuple[Callable[[], None], int]:
+        """The function that replays what one launch does, and by how many bytes the pool grew."""
+
+
+class CudaRecorder:
+    """Captures graphs on one GPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def new_pool(self) -> object:
+        return torch.cuda.graph_pool_handle()
+
+    def warm_up(self, launch: Callable[[], None]) -> None:
+        with torch.cuda.device(self.device):
+            side, current = torch.cuda.Stream(), torch.cuda.current_stream()
+            side.wait_stream(current)
+            with torch.cuda.stream(side):
+                for _ in range(WARM_UP):
+                    launch()
+            side.synchronize()
+
+    def capture(self, launch: Callable[[], None], pool: object) -> tuple[Callable[[], None], int]:
+        with torch.cuda.device(self.device):
+            torch.cuda.empty_cache()  # so that what is reserved on top is the graph's
+            before = torch.cuda.memory_reserved()
+            graph = torch.cuda.CUDAGraph()
+            # Other threads may allocate and launch in the meantime.
+            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):  # type: ignore[arg-type]
+                launch()
+            return graph.replay, max(torch.cuda.memory_reserved() - before, 0)
+
+
+W = TypeVar("W", bound=Work)
+
+
+class Graphs:
+    """The captured work of one pipeline by key, least recently used first out. Its owner's lock guards it.
+
+    `limit` bounds the bytes of buffers and pool; only what is in use may pass it. Without a recorder, on a
+    CPU, all work is launched as it is and nothing is kept.
+    """
+
+    def __init__(self, recorder: Recorder | None, limit: int) -> None:
+        self.recorder, self.limit = recorder, limit
+        self.failures: dict[Hashable, str] = {}
+        self._kept: OrderedDict[Hashable, Work] = OrderedDict()
+        self._pool: object = None
+        self._pool_bytes = 0
+
+    @property
+    def held(self) -> int:
+        """Bytes of the buffers and of the pool."""
+        return self._pool_bytes + sum(x.nbytes for work in self._kept.values() for x in work.buffers())
+
+    def get(self, key: Hashable, build: Callable[[], W], wanted: bool | None = None) -> W:
+        """The work of this key, captured; as `build` made it where `wanted` is False or a capture failed.
+
+        wanted True: BackendUnavailable where it cannot be captured, and an earlier failure is tried again.
+        """
+        if self.recorder is None or wanted is False:
+            return build()
+        kept = self._kept.get(key)
+        if kept is not None:
+            self._kept.move_to_end(key)
+            return kept  # type: ignore[return-value]  # a key belongs to one kind of work
+        if key in self.failures and not wanted:
+            return build()
+        self._shrink(self.limit)
+        work = build()
+        self._capture(key, work, self.recorder)
+        if wanted and work.replay is None:
+            raise BackendUnavailable(f"cuda_graph=True: {self.failures[key]}")
+        return work
+
+    def call(
+        self, name: str, function: Callable[..., Tensor], *inputs: Tensor, wanted: bool | None
+    ) -> Tensor:
+        """function(*inputs), by a graph of its own for each name and sizes of inputs."""
+        if self.recorder is None or wanted is False:
+            return function(*inputs)
+        key = name, *((x.shape, x.stride(), x.dtype) for x in inputs)
+        work = self.get(key, lambda: Function(function, inputs), wanted)
+        if work.replay is None:
+            return function(*inputs)
+        for buffer, given in zip(work.inputs, inputs, strict=True):
+            buffer.copy_(given)
+        work.run()
+        assert work.output is not None
+        return work.output.clone()
+
+    def clear(self) -> None:
+        """Forget all graphs: the weights that they read are elsewhere now."""
+        self.failures.clear()
+        self._shrink(-1)
+
+    def _capture(self, key: Hashable, work: Work, recorder: Recorder) -> None:
+        if self._pool is None:
+            self._pool = recorder.new_pool()
+        with _capturing:
+            recorder.warm_up(work.launch)
+            try:
+                work.replay, grown = recorder.capture(work.launch, self._pool)
+            except Exception as error:
+                name = key[0] if isinstance(key, tuple) else key
+                why = f"{type(error).__name__}: {error}".splitlines()[0]
+                self.failures[key] = f"{name} runs without a CUDA graph: {why}"
+                self._pool = None  # torch may not take its memory back; nothing is added to it
+                return
+        self.failures.pop(key, None)
+        self._pool_bytes += grown
+        self._kept[key] = work
+        self._shrink(self.limit, keep=1)
+
+    def _shrink(self, limit: int, keep: int = 0) -> None:
+        while len(self._kept) > keep and self.held > limit:
+            self._kept.popitem(last=False)
+        if not self._kept:
+            self._pool, self._pool_bytes = None, 0

@@ -1,0 +1,208 @@
+"""Slots: static buffers in which images are made side by side, one step of all of them at a time.
+
+Everything that differs from image to image is a row of a tensor: latents, sampler table, place in it,
+guidance scale, noise, keys and values of the prompt, time biases. So one step, launched on a CPU and captured
+once on a GPU, serves any mix of requests, which join and leave between steps: whoever joins writes its rows.
+An empty or finished slot rests on the identity row of its table.
+
+Tables are as long as a request has steps, buffers are not: a slot holds a window of WINDOW steps, refilled
+when it is used up. The host counts steps as the device does, so it knows when without asking.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from fastldm import ops
+from fastldm.runtime.graphs import Work
+from fastldm.runtime.memory import out_of_memory, to_device
+
+SIZES = (1, 2, 4, 8)
+WINDOW = 32
+
+# latents [B, C, H, W], context [R, K], its lengths [R] or None, time biases [B, steps, M], step [B]
+# → prediction [R, C, H, W]
+Predict = Callable[[Tensor, Tensor, Tensor | None, Tensor, Tensor], Tensor]
+# (step, its clean latents as estimated [n, C, H, W], if asked for) → whether to stop
+Watch = Callable[[int, Callable[[], Tensor]], bool]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Images of one request that are made together: what they bring to their slots."""
+
+    latents: Tensor  # float32 [n, C, H, W], variance-preserving: what the first step sees
+    table: Tensor  # float32 [steps + 1, columns], the identity row last
+    draws: Sequence[bool]  # [steps]: which steps read noise
+    generators: Sequence[torch.Generator]  # [n], on the CPU
+    context: Sequence[Tensor]  # n or, guided, 2n rows [K], the unconditional half first
+    lengths: Sequence[int] | None  # tokens of each row that count; None: all
+    time_bias: Tensor  # [steps, M]
+    watch: Watch | None = None
+
+    @property
+    def shape(self) -> tuple[Hashable, ...]:
+        """What slots must have been made for to take this group."""
+        return *self.latents.shape[1:], self.context[0].shape, self.lengths is not None
+
+    @property
+    def guided(self) -> bool:
+        """Whether it brings an unconditional half."""
+        return len(self.context) > len(self.latents)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The latents [n, C, H, W] float32 of a group at its end; if stopped, the clean latents as estimated."""
+
+    latents: Tensor
+    stopped: bool
+
+
+@dataclass(eq=False)
+class Run:
+    """A group in its slots, `done` steps on."""
+
+    group: Group
+    places: tuple[int, ...]
+    table: Tensor  # on the device, identity rows up to a whole window
+    done: int = field(default=0)
+
+
+def smallest(count: int) -> int:
+    """The smallest number of slots that holds so many images."""
+    return next(size for size in SIZES if size >= count)
+
+
+def split(count: int, most: int = SIZES[-1], padded: bool = True) -> list[range]:
+    """Images 0 … count − 1 in groups of at most `most`; not padded, each fills its slots (11 = 8 + 2 + 1)."""
+    groups: list[range] = []
+    while (start := groups[-1].stop if groups else 0) < count:
+        left = min(count - start, most)
+        groups.append(range(start, start + (left if padded else 1 << left.bit_length() - 1)))
+    return groups
+
+
+class Slots(Work):
+    """`count` slots for groups like the one given, with or without guidance.
+
+    An unguided group may run in guided slots: its halves are equal then, and its table's guidance is 1.
+    """
+
+    def __init__(self, predict: Predict, like: Group, count: int, guided: bool, dtype: torch.dtype) -> None:
+        self.predict, self.count, self.halves = predict, count, 1 + guided
+        self.runs: list[Run] = []
+        device, rows = like.latents.device, count * self.halves
+        shape = (count, *like.latents.shape[1:])
+
+        def images(dtype: torch.dtype = torch.float32) -> Tensor:
+            return torch.zeros(shape, dtype=dtype, device=device).to(memory_format=torch.channels_last)
+
+        self.latents, self.x0, self.noise = images(), images(), images()
+        self.model_input = images(dtype)
+        identity = like.table[-1].to(device)
+        self.table = identity.repeat(count, WINDOW + 1, 1)
+        self.step = torch.full((count,), WINDOW, device=device)
+        self.context = torch.zeros(rows, *like.context[0].shape, dtype=dtype, device=device)
+        self.lengths = None if like.lengths is None else torch.ones(rows, dtype=torch.long, device=device)
+        self.time_bias = torch.zeros(count, WINDOW + 1, like.time_bias.shape[1], dtype=dtype, device=device)
+        self._last_step: torch.cuda.Event | None = None
+
+    def buffers(self) -> Iterable[Tensor]:
+        return (tensor for tensor in vars(self).values() if isinstance(tensor, Tensor))
+
+    def launch(self) -> None:
+        """One step of every slot: model, guidance, update, next input."""
+        out = self.predict(self.model_input, self.context, self.lengths, self.time_bias, self.step)
+        ops.guided_step(self.latents, self.x0, self.model_input, out, self.noise, self.table, self.step)
+        self.step.add_(1).clamp_(max=WINDOW)
+
+    @property
+    def free(self) -> list[int]:
+        """The slots that no group holds."""
+        taken = {place for run in self.runs for place in run.places}
+        return [place for place in range(self.count) if place not in taken]
+
+    def admit(self, group: Group) -> Run:
+        """Give the group the first free slots; its first step is the next one."""
+        places, device = tuple(self.free[: len(group.latents)]), self.latents.device
+        assert len(places) == len(group.latents) and 1 + group.guided <= self.halves
+        steps = len(group.draws)
+        padding = group.table[-1].expand(-steps % WINDOW, -1)
+        run = Run(group, places, to_device(torch.cat((group.table[:steps], padding)), device))
+        for i, place in enumerate(places):
+            self.latents[place] = group.latents[i]
+            self.model_input[place] = group.latents[i]
+            self.x0[place] = 0
+            for half in range(self.halves):
+                row = (i + half * len(places)) % len(group.context)
+                self.context[place + half * self.count] = group.context[row]
+                if self.lengths is not None and group.lengths is not None:
+                    self.lengths[place + half * self.count] = group.lengths[row]
+        self.runs.append(run)
+        return run
+
+    def advance(self, paced: bool = False) -> None:
+        """One step of all groups. Paced, or where one is watched, the host stays a step ahead of a GPU."""
+        for run in self.runs:
+            if run.done % WINDOW == 0:
+                self._refill(run)
+            if run.group.draws[run.done]:
+                self._draw(run)
+        with out_of_memory(f"a step of {self.count} images of {tuple(self.latents.shape[1:])} latents"):
+            self.run()
+        for run in self.runs:
+            run.done += 1
+        if self.latents.is_cuda and (paced or any(run.group.watch for run in self.runs)):
+            if self._last_step is not None:
+                self._last_step.synchronize()
+            self._last_step = torch.cuda.Event()
+            self._last_step.record(torch.cuda.current_stream(self.latents.device))
+
+    def report(self, run: Run) -> Outcome | None:
+        """Tell the group's watcher of the step; what came of the group if that was its end."""
+        watch = run.group.watch
+        if watch is not None and watch(run.done - 1, lambda: self._rows(self.x0, run)):
+            return Outcome(self._rows(self.x0, run), True)
+        return Outcome(self._rows(self.latents, run), False) if run.done == len(run.group.draws) else None
+
+    def release(self, run: Run) -> None:
+        """Free the group's slots, at its end or in the midst of it."""
+        self.runs.remove(run)
+        for place in run.places:
+            self.step[place] = WINDOW
+
+    def complete(self, group: Group) -> Outcome:
+        """Run a group from its first step to its last."""
+        run = self.admit(group)
+        try:
+            while True:
+                self.advance()
+                if (outcome := self.report(run)) is not None:
+                    return outcome
+        finally:
+            self.release(run)
+
+    def _refill(self, run: Run) -> None:
+        """The tables of the next WINDOW steps."""
+        biases = run.group.time_bias[run.done : run.done + WINDOW]
+        for place in run.places:
+            self.table[place, :WINDOW] = run.table[run.done : run.done + WINDOW]
+            self.time_bias[place, : len(biases)] = biases
+            self.step[place] = 0
+
+    def _draw(self, run: Run) -> None:
+        """Unit noise of this step, each image's from its own generator."""
+        shape, pinned = (1, *self.latents.shape[1:]), self.latents.is_cuda
+        for place, generator in zip(run.places, run.group.generators, strict=True):
+            # Pinned memory comes from a cache that knows when its copy is over.
+            drawn = torch.randn(shape, generator=generator, pin_memory=pinned)
+            self.noise[place].copy_(drawn[0], non_blocking=True)
+
+    def _rows(self, tensor: Tensor, run: Run) -> Tensor:
+        """The run's rows of a buffer, copied."""
+        return torch.stack([tensor[place] for place in run.places])
