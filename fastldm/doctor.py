@@ -36,7 +36,11 @@ def diagnose() -> dict[str, Any]:
         return facts | {"devices": f"torch cannot be imported: {error}"}
     capability = torch.backends.cpu.get_cpu_capability()
     facts["cpu"]["torch uses"] = f"{capability}, {torch.get_num_threads()} threads"
-    return facts | {"devices": _devices(torch)} | _backends() | {"tuned": _tuned(torch)}
+    from fastldm.runtime import graphs
+
+    why = graphs.missing()
+    facts |= {"devices": _devices(torch), "cuda graphs": "available" if why is None else f"no: {why}"}
+    return facts | _backends() | {"tuned": _tuned(torch)}
 
 
 def _version(name: str) -> str:

@@ -113,7 +113,7 @@ class Pipeline:
     def check(self, prompt: str | list[str] | None = None, **arguments: Any) -> Request:
         """The request that these keywords of `generate` describe, or the error for the first wrong one."""
         request = check_generate(self.limits, prompt=prompt, **arguments)
-        if request.cuda_graph and self.device.type != "cuda":
+        if request.cuda_graph and self.graphs.recorder is None:
             raise InvalidArgument("cuda_graph", True, "None or False: this pipeline runs on the CPU")
         return request
 

@@ -20,6 +20,7 @@ def test_facts():
     assert facts["python"].startswith(f"{sys.version_info.major}.{sys.version_info.minor}.")
     assert facts["cpu"]["torch uses"].endswith(f"{torch.get_num_threads()} threads")
     assert facts["devices"]["cpu"] == "available"
+    assert facts["cuda graphs"] == ("available" if torch.cuda.is_available() else "no: no CUDA device")
     json.dumps(facts)
 
 

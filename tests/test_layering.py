@@ -36,7 +36,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "training": {"checkpoint", "scenes", *MODELS},
     "pipeline": {*STAGES, *FRONT, *MODELS},
     "api": {"pipeline", *STAGES, *FRONT, *MODELS},
-    "doctor": {"kernels", "ops", "errors"},
+    "doctor": {"kernels", "runtime", "ops", "errors"},
     "tuning": {"kernels", *STAGES, *MODELS},
     "serve": {"api", "pipeline", *STAGES, *FRONT, *MODELS},
     "bench": {"api", "pipeline", "doctor", *STAGES, *FRONT, *MODELS},

@@ -14,7 +14,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -81,26 +81,26 @@ class CudaRecorder:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+        # One stream for warm-up and capture: what a library allocates for a stream is there by then.
+        self.stream = torch.cuda.Stream(device)
 
     def new_pool(self) -> object:
         return torch.cuda.graph_pool_handle()
 
     def warm_up(self, launch: Callable[[], None]) -> None:
-        with torch.cuda.device(self.device):
-            side, current = torch.cuda.Stream(), torch.cuda.current_stream()
-            side.wait_stream(current)
-            with torch.cuda.stream(side):
-                for _ in range(WARM_UP):
-                    launch()
-            side.synchronize()
+        self.stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.device(self.device), torch.cuda.stream(self.stream):
+            for _ in range(WARM_UP):
+                launch()
+        self.stream.synchronize()
 
-    def capture(self, launch: Callable[[], None], pool: object) -> tuple[Callable[[], None], int]:
+    def capture(self, launch: Callable[[], None], pool: Any) -> tuple[Callable[[], None], int]:
         with torch.cuda.device(self.device):
             torch.cuda.empty_cache()  # so that what is reserved on top is the graph's
             before = torch.cuda.memory_reserved()
             graph = torch.cuda.CUDAGraph()
             # Other threads may allocate and launch in the meantime.
-            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):  # type: ignore[arg-type]
+            with torch.cuda.graph(graph, pool, self.stream, capture_error_mode="thread_local"):
                 launch()
             return graph.replay, max(torch.cuda.memory_reserved() - before, 0)
 
@@ -185,9 +185,25 @@ class Graphs:
         self._pool_bytes += grown
         self._kept[key] = work
         self._shrink(self.limit, keep=1)
+        if self.held > self.limit and self._pool_bytes > grown:  # what graphs now gone left in the pool
+            self._shrink(-1)
+            self._capture(key, work, recorder)
 
     def _shrink(self, limit: int, keep: int = 0) -> None:
         while len(self._kept) > keep and self.held > limit:
             self._kept.popitem(last=False)
         if not self._kept:
             self._pool, self._pool_bytes = None, 0
+
+
+def missing() -> str | None:
+    """Why this process cannot capture CUDA graphs, or None: it is tried with a small one."""
+    if not torch.cuda.is_available():
+        return "no CUDA device"
+    device = torch.device("cuda", torch.cuda.current_device())
+    try:
+        graphs = Graphs(CudaRecorder(device), 1 << 30)
+        made = graphs.call("x + 1", lambda x: x + 1, torch.ones(8, device=device), wanted=True)
+        return None if made.eq(2).all() else "a replay gives other numbers"
+    except RuntimeError as error:
+        return str(error).splitlines()[0]
