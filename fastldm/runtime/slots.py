@@ -94,7 +94,7 @@ class Slots(Work):
     """
 
     def __init__(self, predict: Predict, like: Group, count: int, guided: bool, dtype: torch.dtype) -> None:
-        self.predict, self.count, self.halves = predict, count, 1 + guided
+        self.predict, self.count, self.halves, self.shape = predict, count, 1 + guided, like.shape
         self.runs: list[Run] = []
         device, rows = like.latents.device, count * self.halves
         shape = (count, *like.latents.shape[1:])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from typing import Any
 
@@ -37,8 +38,17 @@ def alone(pipe: Pipeline, arguments: dict[str, Any], count: int) -> Tensor:
         return pipe.slots(group, count, guided=True).complete(group).latents
 
 
+@pytest.fixture(scope="module")
+def half_pipe(pipe: Pipeline) -> Pipeline:
+    return Pipeline(copy.deepcopy(pipe.components), pipe.device, torch.bfloat16, None)
+
+
+@pytest.mark.parametrize("half", [False, True], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("count", [2, 4, 8])
-def test_joining_and_leaving_changes_no_bit(pipe: Pipeline, count: int) -> None:
+def test_joining_and_leaving_changes_no_bit(
+    pipe: Pipeline, half_pipe: Pipeline, count: int, half: bool
+) -> None:
+    pipe = half_pipe if half else pipe
     chance = random.Random(count)
     want = [alone(pipe, arguments, count) for arguments in REQUESTS]
     waiting = [index for index in range(len(REQUESTS)) for _ in range(2)]
