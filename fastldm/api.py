@@ -61,9 +61,10 @@ def generate(
     output_type="pil"         or "np", "pt", "latent"
     callback(step, x0)        after each step; False stops. x0: estimate of the clean latents [n, C, h, w]
     progress                  True for a bar, or callable(done, total)
+    cuda_graph                on a GPU: None, where it can be; True, or an error; False, not
 
     Returns a `Result`. Raises InvalidArgument before any work, TypeError for an unknown keyword,
-    CheckpointError, OutOfMemory, NonFiniteOutput.
+    CheckpointError, OutOfMemory, NonFiniteOutput, BackendUnavailable (cuda_graph=True that cannot be).
     """
     return _default(os.fspath(model)).generate(prompt, **arguments)
 

@@ -52,15 +52,16 @@ class Pipeline:
             why = f"is {shape.in_channels}: generate() cannot feed the channels of an inpainting model yet"
             raise CheckpointError(components.path, "unet in_channels", why)
         self.components, self.device, self.dtype, self.backends = components, device, dtype, backends
-        for network in (components.unet, components.vae, components.text_encoder):
+        networks = (components.unet, components.vae, components.text_encoder)
+        for network in networks:
             channels_last(network.to(device, dtype))
         self.text = TextConditioner(components.tokenizer, components.text_encoder)
         self.turns = Turns()
         recorder = CudaRecorder(device) if device.type == "cuda" else None
         self.graphs = Graphs(recorder, available_bytes(device) // 4)
         self._embedded, self._conditioned = TensorCache(EMBEDDED), TensorCache(CONDITIONED)
-        networks = (components.unet, components.vae, components.text_encoder)
         self._weights = [weight for network in networks for weight in network.parameters()]
+        # Where they lie and how often each was changed in place, as seen last.
         self._places: list[int] = []
         self._versions: object = None
 
@@ -161,12 +162,12 @@ class Pipeline:
                 else self.decode(latents, request.output_type, request.cuda_graph)
             )
             clock.lap("decode")
-        captured = () if request.cuda_graph is False else self.graphs.failures.values()
+        eager = () if request.cuda_graph is False else dict.fromkeys(self.graphs.failures.values())
         return Result(
             images=output,
             seeds=request.seeds[: len(latents)],
             timings=clock.seconds(),
-            warnings=(*self.components.warnings, *request.warnings, *text.warnings, *dict.fromkeys(captured)),
+            warnings=(*self.components.warnings, *request.warnings, *text.warnings, *eager),
             stopped=stopped,
             describe=partial(self._describe, request),
         )
@@ -288,11 +289,12 @@ class Pipeline:
         ) -> Tensor:
             return unet(latents, UNetCondition(context, time_bias, lengths), step)
 
-        return self.graphs.get(
-            ("the step", count, guided, *group.shape),
-            lambda: Slots(predict, group, count, guided, self.dtype),
-            cuda_graph,
-        )
+        with out_of_memory(f"{count} images side by side, latents {tuple(group.latents.shape[1:])}"):
+            return self.graphs.get(
+                ("the step", count, guided, *group.shape),
+                lambda: Slots(predict, group, count, guided, self.dtype),
+                cuda_graph,
+            )
 
     def decode(self, latents: Tensor, output_type: str = "pil", cuda_graph: bool | None = False) -> Any:
         """Latents [n, C, h, w] → images as `Result.images` has them, one at a time; large ones in strips.

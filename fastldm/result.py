@@ -23,7 +23,7 @@ class Result:
               "latent": float32 tensor [n, C, h, w]
     seeds     one an image; with it, the image alone is made again
     timings   seconds: text, condition, denoise, decode, total
-    warnings  what was mapped, guessed or truncated
+    warnings  what was mapped, guessed or truncated, or runs without the CUDA graph that it should have
     stopped   the callback ended it early: `images` show the clean latents as estimated then
     """
 

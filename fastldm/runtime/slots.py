@@ -137,12 +137,12 @@ class Slots(Work):
         for i, place in enumerate(places):
             self.latents[place] = group.latents[i]
             self.model_input[place] = group.latents[i]
-            self.x0[place] = 0
+            self.x0[place].zero_()
             for half in range(self.halves):
                 row = (i + half * len(places)) % len(group.context)
                 self.context[place + half * self.count] = group.context[row]
                 if self.lengths is not None and group.lengths is not None:
-                    self.lengths[place + half * self.count] = group.lengths[row]
+                    self.lengths[place + half * self.count].fill_(group.lengths[row])
         self.runs.append(run)
         return run
 
@@ -153,7 +153,7 @@ class Slots(Work):
                 self._refill(run)
             if run.group.draws[run.done]:
                 self._draw(run)
-        with out_of_memory(f"a step of {self.count} images of {tuple(self.latents.shape[1:])} latents"):
+        with out_of_memory(f"a step of {self.count} images, latents {tuple(self.latents.shape[1:])}"):
             self.run()
         for run in self.runs:
             run.done += 1
@@ -174,7 +174,7 @@ class Slots(Work):
         """Free the group's slots, at its end or in the midst of it."""
         self.runs.remove(run)
         for place in run.places:
-            self.step[place] = WINDOW
+            self.step[place].fill_(WINDOW)
 
     def complete(self, group: Group) -> Outcome:
         """Run a group from its first step to its last."""
@@ -193,7 +193,7 @@ class Slots(Work):
         for place in run.places:
             self.table[place, :WINDOW] = run.table[run.done : run.done + WINDOW]
             self.time_bias[place, : len(biases)] = biases
-            self.step[place] = 0
+            self.step[place].zero_()
 
     def _draw(self, run: Run) -> None:
         """Unit noise of this step, each image's from its own generator."""

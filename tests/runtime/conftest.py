@@ -81,6 +81,11 @@ class Touched(TorchDispatchMode):
         return result
 
 
+@pytest.fixture
+def touched() -> Touched:
+    return Touched()
+
+
 def tensors_in(value: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
 

@@ -129,7 +129,9 @@ def test_who_fails_or_stops_goes_alone(pipe: Pipeline, alone: list[Tensor]) -> N
             assert torch.equal(future.result().images, want)
 
 
-def test_errors_on_the_way_are_the_requests_own(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_errors_on_the_way_are_the_requests_own(
+    pipe: Pipeline, alone: list[Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
     decode, encode = type(pipe).decode, type(pipe).encode
 
     def starve(self: Pipeline, latents: Tensor, *rest: Any) -> Any:
@@ -148,11 +150,11 @@ def test_errors_on_the_way_are_the_requests_own(pipe: Pipeline, monkeypatch: pyt
         no_text = batcher.submit("a dog", steps=2)
         no_picture = batcher.submit("a cat", steps=2, num_images=2)
         nan = batcher.submit("a cat", steps=2, latents=torch.full((1, 4, 8, 8), 3e38))
-        healthy = batcher.submit("a cat", steps=2)
+        healthy = batcher.submit(**REQUESTS[0])
         assert isinstance(no_text.exception(), RuntimeError)
         assert isinstance(no_picture.exception(), fastldm.OutOfMemory)
         assert isinstance(nan.exception(), fastldm.NonFiniteOutput)
-        assert healthy.result().image.size == (16, 16)
+        assert torch.equal(healthy.result().images, alone[0])
 
 
 def test_a_failing_step_ends_those_in_it(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:

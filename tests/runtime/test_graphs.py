@@ -108,6 +108,23 @@ def test_a_failed_capture_leaves_the_eager_path(captured: Pipeline, recorder: An
     assert recorder.captures == 3 and again.warnings == ()
 
 
+def test_running_out_of_memory(captured: Pipeline, recorder: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the warm-up it is the request's error, in the capture alone a reason to run without a graph."""
+    with monkeypatch.context() as broken:
+
+        def starve(*_: object) -> Tensor:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+        broken.setattr(type(captured.components.unet), "forward", starve)
+        with pytest.raises(fastldm.OutOfMemory, match="1 images side by side"):
+            captured.generate(**PLAIN)
+    recorder.failure = torch.OutOfMemoryError("CUDA out of memory")
+    replayed, eager = both(captured, {**PLAIN, "guidance_scale": 1.0})
+    assert torch.equal(replayed, eager)
+    recorder.failure = None
+    assert torch.equal(*both(captured, PLAIN))
+
+
 def test_cuda_graph_true_needs_a_gpu(pipe: Pipeline) -> None:
     if pipe.device.type == "cuda":
         assert pipe.generate(**PLAIN, cuda_graph=True).warnings == ()

@@ -135,6 +135,20 @@ def test_an_image_is_the_same_wherever_it_stands(pipe: Pipeline, guided: bool) -
         assert torch.equal(forward, backward.flip(0))
 
 
+def test_the_loop_never_waits_for_the_device(captured: Pipeline, touched: Any) -> None:
+    with captured.turn():
+        groups = [group_of(captured, REQUESTS[i]) for i in (1, 5)]
+        slots = captured.slots(groups[0], 2, guided=True, cuda_graph=False)
+        with touched:  # refuses to read a number back
+            runs = [slots.admit(group) for group in groups]
+            for _ in range(len(groups[0].draws) - 1):
+                slots.advance()
+                assert [slots.report(run) for run in runs] == [None, None]
+            slots.release(runs[0])
+            while runs[1].done < WINDOW + 2:
+                slots.advance()
+
+
 def test_split() -> None:
     assert [len(group) for group in split(11)] == [8, 3]
     assert [len(group) for group in split(11, padded=False)] == [8, 2, 1]
