@@ -10,19 +10,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fastldm.checkpoint.atomic import replacing
 from fastldm.checkpoint.load import open_source
 from fastldm.checkpoint.networks import build
 from fastldm.errors import BackendUnavailable, InvalidArgument
 from fastldm.models.layers import channels_last
-from fastldm.models.unet import UNet
+from fastldm.models.unet import UNet, UNetCondition
 from fastldm.models.vae import AutoencoderKL
 from fastldm.models.vae_strips import decode
 from fastldm.ops import missing
 from fastldm.ops.recording import Call, recording
 from fastldm.presets import PRESETS
-from fastldm.runtime.denoise import Slots, advance
+from fastldm.runtime.slots import Group, Slots
 
 TOKENS = 77  # of a prompt
 CAPABILITIES = (80, 90, 100)
@@ -47,11 +48,16 @@ def calls_of(model: str, dtype: torch.dtype) -> list[Call]:
         latents = torch.empty(1, shape.latent_channels, shape.sample_size, shape.sample_size)
         context = torch.empty(2, TOKENS, shape.cross_attention_dim, dtype=dtype)
         beside = shape.in_channels - shape.latent_channels  # a mask and masked latents
-        concat = torch.empty(2, beside, *latents.shape[2:], dtype=dtype) if beside else None
-        condition = unet.condition(context, torch.empty(1), concat)
-        slots = Slots.of(latents, torch.empty(2, 9), True, dtype)
+        concat = torch.empty(1, beside, *latents.shape[2:], dtype=dtype) if beside else None
+        once = unet.condition(context, torch.empty(1), concat)
+        group = Group(latents, torch.empty(2, 9), (False,), (), list(once.context), None, once.time_bias[0])
+
+        def predict(x: Tensor, context: Tensor, lengths: Tensor | None, bias: Tensor, step: Tensor) -> Tensor:
+            return unet(x, UNetCondition(context, bias, lengths, once.concat_bias), step)
+
+        slots = Slots(predict, group, 1, guided=True, dtype=dtype)
         with recording() as calls:
-            advance(slots, lambda x, step: unet(x, condition, step), None)
+            slots.launch()
             decode(vae, latents.to(dtype))
     return calls
 

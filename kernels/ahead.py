@@ -188,11 +188,13 @@ def _text(net: Network, dtype: torch.dtype) -> None:
 
 
 def _step(net: Network, dtype: torch.dtype) -> None:
-    """Guided or not, with noise or without, on latents of one memory layout or of two."""
+    """Of one slot or several, guided or not, by a model that keeps the memory layout or does not."""
     side, channels = net.side, net.channels
-    for copies, noisy, turned in product((1, 2), (False, True), (False, True)):
-        latents = torch.empty(1, channels, side, side, device="meta")
-        images = _empty(copies, channels, side, side, dtype=dtype)
-        images = images if turned else images.contiguous()
-        table, step = _empty(1, 26, 9, dtype=torch.float32), _empty(1, dtype=torch.int64)
-        guided_step._run(latents, latents, images, images, latents if noisy else None, table, step)
+    for slots, halves, turned in product((1, 2), (1, 2), (False, True)):
+        latents = _empty(slots, channels, side, side, dtype=torch.float32)
+        images = _empty(slots, channels, side, side, dtype=dtype)
+        out = _empty(halves * slots, channels, side, side, dtype=dtype)
+        # A window of 32 steps and the identity row: fastldm.runtime.slots.
+        table, step = _empty(slots, 33, 9, dtype=torch.float32), _empty(slots, dtype=torch.int64)
+        out = out if turned else out.contiguous()
+        guided_step._run(latents, latents, images, out, latents, table, step)
