@@ -28,8 +28,8 @@ def guided_step(
     x' = next_x · x + next_x0 · x₀ + next_prev · x₀_previous + noise · ε
 
     latents [B, C, H, W] float32: x, becomes x'. x0, the same: x₀ of the step before, becomes x₀ of this
-    step. model_input [R, C, H, W], R = B or 2B (guided): becomes x' in its own dtype, once or twice. out
-    [R, C, H, W]: what the model predicted. noise: ε float32 [B, C, H, W], or None for zero. table float32
+    step. model_input [B or 2B, C, H, W]: becomes x' in its own dtype, once or twice. out [B or, guided, 2B,
+    C, H, W]: what the model predicted. noise: ε float32 [B, C, H, W], or None for zero. table float32
     [B or 1, rows, 9]; step int64 [B]: the row to use. All arithmetic is float32. (Ho & Salimans 2022,
     arXiv:2207.12598; Song et al. 2020, arXiv:2010.02502)
     """

@@ -3,7 +3,7 @@
 The slots are always guided ones, so a request gets the same image to the bit whatever runs beside it: that of
 its run alone in so many slots. One thread does all the work, between two steps also the text, the start and
 the decoding of those that join and leave. It holds the pipeline's turn while requests run; if somebody else
-waits for that turn, it admits no more and hands it on when those running are done.
+waits for that turn, who may change weights, it begins no more and hands it on when those begun are done.
 """
 
 from __future__ import annotations
@@ -150,10 +150,9 @@ class Batcher:
                     job.end(error)
             for job in self._running[:]:
                 self._look_after(job, slots)
-            if not self.pipe.turns.awaited:
-                slots = self._admit(slots)
+            slots = self._admit(slots, begun_only=self.pipe.turns.awaited)
 
-    def _admit(self, slots: Slots | None) -> Slots | None:
+    def _admit(self, slots: Slots | None, begun_only: bool = False) -> Slots | None:
         """Let in, in order of arrival, those who fit; the slots they are in."""
         with self._changed:
             cancelled = [job for job in self._waiting if job.future.cancelled()]
@@ -162,6 +161,8 @@ class Batcher:
             job.end()
         while self._waiting:
             job = self._waiting[0]
+            if job.group is None and (begun_only or (slots is not None and not slots.free)):
+                break
             try:
                 if job.group is None and not job.proceed():
                     self._next()

@@ -245,6 +245,34 @@ def test_others_get_their_turn(pipe: Pipeline) -> None:
     assert all(torch.equal(images, want) for images in made)
 
 
+def test_weights_change_between_requests_not_within(pipe: Pipeline) -> None:
+    """Whoever waits for the turn gets it when all that was begun is done: here 7 images in four groups."""
+    weight = pipe.components.unet.conv_out.weight
+    want = pipe.generate("a fish", num_images=2, steps=2, **OUT).images
+    gate = Gate()
+    with Batcher(pipe, slots=2) as batcher:
+        begun = batcher.submit("a fish", num_images=7, steps=2, callback=gate, **OUT)
+        after = batcher.submit("a fish", num_images=2, steps=2, **OUT)
+        assert gate.reached.wait(60)
+
+        def change() -> None:
+            with pipe.turn():
+                assert begun.done() and not after.done()
+                weight.mul_(2)
+
+        with ThreadPoolExecutor(1) as pool:
+            changed = pool.submit(change)
+            while not pipe.turns.awaited:
+                pass
+            gate.opened.set()
+            changed.result()
+        assert torch.equal(begun.result().images[:2], want)
+        assert not torch.equal(after.result().images, want)
+    with pipe.turn():
+        weight.mul_(0.5)
+    assert torch.equal(pipe.generate("a fish", num_images=2, steps=2, **OUT).images, want)
+
+
 def test_a_callback_cannot_wait_for_its_own_pipeline(pipe: Pipeline) -> None:
     with Batcher(pipe) as batcher:
         future = batcher.submit("a cat", callback=lambda step, x0: pipe.generate("a dog"))
