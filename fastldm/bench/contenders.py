@@ -169,16 +169,16 @@ class Step(Network):
         latents = self.drawn(2 * sample, case.batch, model.in_channels, side, side)
         context = self.drawn(2 * sample + 1, 2 * case.batch, model.tokens, model.context_width)
         timesteps = torch.linspace(999, 0, STEPS, device=self.device)
+        if self.is_ours:  # both halves of guidance begin with the same latents, given once
+            return self.bound(unet_step(self.network, latents, context, timesteps, STEP))
         both = torch.cat((latents, latents))
         if self.name != EAGER:
             both = both.contiguous(memory_format=torch.channels_last)
-        if self.is_ours:
-            return self.bound(unet_step(self.network, both, context, timesteps, STEP))
         return lambda: self.network(both, timesteps[STEP], context, return_dict=False)[0]
 
 
 def unet_step(unet: Any, latents: Tensor, context: Tensor, timesteps: Tensor, step: int) -> Call:
-    """Our guided step: latents and context have a row for each half of each picture."""
+    """Our guided step: latents have a row for each picture, the context one for each half of it."""
     condition = unet.condition(context, timesteps)
     steps = torch.full((len(latents),), step, device=latents.device)
     return lambda: unet(latents, condition, steps)
