@@ -23,10 +23,17 @@ if TYPE_CHECKING:
     from fastldm.api import generate, load
     from fastldm.pipeline import Pipeline
     from fastldm.result import Result
+    from fastldm.shortcuts import Shortcuts
 
 __version__ = "0.1.0"
 
-_LAZY = {"generate": "api", "load": "api", "Pipeline": "pipeline", "Result": "result"}
+_LAZY = {
+    "generate": "api",
+    "load": "api",
+    "Pipeline": "pipeline",
+    "Result": "result",
+    "Shortcuts": "shortcuts",
+}
 
 __all__ = [
     "BackendUnavailable",
@@ -37,6 +44,7 @@ __all__ = [
     "OutOfMemory",
     "Pipeline",
     "Result",
+    "Shortcuts",
     "generate",
     "load",
 ]

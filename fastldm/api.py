@@ -60,6 +60,7 @@ def generate(
     latents, prompt_embeds, negative_prompt_embeds   in place of noise and text
     output_type="pil"         or "np", "pt", "latent"
     callback(step, x0)        after each step; False stops. x0: estimate of the clean latents [n, C, h, w]
+    shortcuts                 `Shortcuts` that are faster and change the pictures; None: exact
     progress                  True for a bar, or callable(done, total)
     cuda_graph                on a GPU: None, where it can be; True, or an error; False, not
 

@@ -9,13 +9,14 @@ import difflib
 import inspect
 import secrets
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from fastldm import images
 from fastldm.checks import choice, integer, number, refuse, shape_of, tensor
+from fastldm.shortcuts import Shortcuts, check_shortcuts
 
 if TYPE_CHECKING:
     from fastldm.checks import Tensor
@@ -110,6 +111,7 @@ class Request:
     callback: Callable[[int, Any], object] | None
     progress: Callable[[int, int], object] | None
     cuda_graph: bool | None
+    shortcuts: Shortcuts
     warnings: tuple[str, ...]
 
     @property
@@ -138,6 +140,8 @@ class Request:
             "width": self.width,
             "height": self.height,
         }
+        if self.shortcuts != Shortcuts():
+            kept["shortcuts"] = asdict(self.shortcuts)
         arrays = ("latents", "prompt_embeds", "negative_prompt_embeds")
         missing: dict[str, Any] = {name: True for name in arrays if getattr(self, name) is not None}
         if self.image is not None:
@@ -170,6 +174,7 @@ def check_generate(
     callback: object = None,
     progress: object = None,
     cuda_graph: object = None,
+    shortcuts: object = None,
     **unknown: object,
 ) -> Request:
     """The request that these arguments of generate() describe, or the error that names the first wrong one.
@@ -232,6 +237,7 @@ def check_generate(
         callback=callback,
         progress=_bar() if progress is True else progress if callable(progress) else None,
         cuda_graph=cuda_graph,
+        shortcuts=check_shortcuts(shortcuts, limits.max_steps),
         warnings=warnings,
     )
 

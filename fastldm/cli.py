@@ -26,9 +26,12 @@ from fastldm.errors import FastLDMError, InvalidArgument
 Facts: TypeAlias = Mapping[str, Any]
 
 # What --replay takes from a file. A path in a foreign file is never followed.
-REPLAYED = "prompt negative_prompt steps sampler guidance_scale eta seed width height strength".split()
+REPLAYED = (
+    "prompt negative_prompt steps sampler guidance_scale eta seed width height strength shortcuts".split()
+)
 CONFIG_HELP = "of a single file: a JSON file, a diffusers folder, v_prediction or epsilon"
 TOKENIZER_HELP = "a tokenizer folder or tokenizer.json"
+SHORTCUTS = "guidance_interval whole_every".split()
 LOADING = "model device dtype config tokenizer backends".split()
 CHECKED_PATHS = 4096  # more images than this are refused by the memory limit
 
@@ -78,6 +81,9 @@ def generate(options: dict[str, Any]) -> None:
     if output is None:
         output = "out.png" if replay is None else f"{os.path.splitext(replay)[0]}-replay.png"
     loading = {name: options.pop(name) for name in LOADING if name in options}
+    shortcuts = {name: options.pop(name) for name in SHORTCUTS if name in options}
+    if shortcuts:
+        options["shortcuts"] = shortcuts
     if replay is not None:
         model, recorded = _replayed(replay, options, loading)
         options = recorded | options
@@ -265,6 +271,9 @@ def _parser() -> Parser:
     add("--image", metavar="FILE", help="start from this picture (PNG, JPEG, WebP), resized")
     add("--strength", type=float, metavar="S", help="how far to leave it, above 0 to 1 (0.8)")
     add("--replay", metavar="PNG", help="make this picture again; other options replace its own")
+    add = command.add_argument_group("faster, but another picture").add_argument
+    add("--guidance-interval", nargs=2, type=float, metavar=("A", "B"), help="guide this share only (0 1)")
+    add("--whole-every", type=int, metavar="N", help="whole steps; the others reuse deep features (1)")
     add = command.add_argument_group("the files").add_argument
     add("-o", "--output", metavar="PNG", help="out.png; several images go to out-0.png, out-1.png, ...")
     add("--grid", action="store_true", help="one file that shows all images, instead of one file each")

@@ -29,7 +29,8 @@ from fastldm.models.vae_strips import decode, peak_bytes
 from fastldm.result import Result
 from fastldm.runtime.graphs import CudaRecorder, Graphs
 from fastldm.runtime.memory import TensorCache, available_bytes, out_of_memory, to_device, to_host
-from fastldm.runtime.slots import Group, Outcome, Slots, Watch, smallest, split
+from fastldm.runtime.segments import segments
+from fastldm.runtime.slots import CachingSlots, Group, Outcome, Slots, Watch, smallest, split
 from fastldm.runtime.turns import Turns
 
 EMBEDDED, CONDITIONED = 16 << 20, 128 << 20  # bytes kept of embedded text, and of its keys and values
@@ -146,8 +147,7 @@ class Pipeline:
                 watch = _watch(request, number, len(groups), len(table.draws))
                 group = self.condition(request, table, text, images, latents, generators, watch)
                 clock.lap("condition")
-                outcome = yield group
-                assert outcome is not None
+                outcome = yield from segments(group, request.shortcuts.guided(len(table.draws)))
                 if not (outcome.stopped or torch.isfinite(outcome.latents).all()):
                     latents_of = f"the latents of {request.count} images"
                     raise NonFiniteOutput(f"{latents_of} are not finite; dtype is {self.dtype}")
@@ -169,6 +169,7 @@ class Pipeline:
             timings=clock.seconds(),
             warnings=(*self.components.warnings, *request.warnings, *text.warnings, *eager),
             stopped=stopped,
+            shortcuts=request.shortcuts,
             describe=partial(self._describe, request),
         )
 
@@ -268,6 +269,7 @@ class Pipeline:
                 to_device(table.timesteps.float(), self.device), self.dtype
             ),
             watch=watch,
+            whole_every=request.shortcuts.whole_every,
         )
 
     def _keys_values(self, text: TextEmbeddings, row: int) -> Tensor:
@@ -284,15 +286,19 @@ class Pipeline:
         """`count` slots for groups like this one, by a graph where there is one; with no group in them."""
         unet = self.components.unet
 
-        def predict(
-            latents: Tensor, context: Tensor, lengths: Tensor | None, time_bias: Tensor, step: Tensor
-        ) -> Tensor:
-            return unet(latents, UNetCondition(context, time_bias, lengths), step)
+        def predict(network: Callable[..., Tensor], latents: Tensor, *rest: Any, **deep: Tensor) -> Tensor:
+            context, lengths, time_bias, step = rest
+            return network(latents, UNetCondition(context, time_bias, lengths), step, **deep)
 
+        name, build = "the step", partial(Slots, partial(predict, unet))
+        if group.whole_every > 1:
+            deep = (count * (1 + guided), unet.config.block_out_channels[0], *group.latents.shape[2:])
+            name = "the step and a cached one"
+            build = partial(CachingSlots, partial(predict, unet), partial(predict, unet.shallow), deep)
         with out_of_memory(f"{count} images side by side, latents {tuple(group.latents.shape[1:])}"):
             return self.graphs.get(
-                ("the step", count, guided, *group.shape),
-                lambda: Slots(predict, group, count, guided, self.dtype),
+                (name, count, guided, *group.shape),
+                lambda: build(group, count, guided, self.dtype),
                 cuda_graph,
             )
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastldm import images as pictures
 from fastldm.errors import InvalidArgument
+from fastldm.shortcuts import Shortcuts
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -25,6 +26,7 @@ class Result:
     timings   seconds: text, condition, denoise, decode, total
     warnings  what was mapped, guessed or truncated, or runs without the CUDA graph that it should have
     stopped   the callback ended it early: `images` show the clean latents as estimated then
+    shortcuts what was left out to be faster; the defaults: nothing
     """
 
     images: Any
@@ -32,6 +34,7 @@ class Result:
     timings: dict[str, float]
     warnings: tuple[str, ...] = ()
     stopped: bool = False
+    shortcuts: Shortcuts = Shortcuts()
     describe: Callable[[int], Mapping[str, Any]] | None = field(default=None, repr=False)
 
     @property

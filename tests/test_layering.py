@@ -15,15 +15,16 @@ PACKAGE = ROOT / "fastldm"
 SOURCES = {".py", ".cpp", ".cu", ".cuh", ".h"}
 
 MODELS = {"models", "ops", "diffusion", "checks", "errors"}
-FRONT = {"arguments", "checks", "images", "result", "errors"}
+FRONT = {"arguments", "shortcuts", "checks", "images", "result", "errors"}
 STAGES = {"runtime", "checkpoint", "tasks", "presets"}
 # What each part of fastldm may import of fastldm: nothing that stands below it here, so imports run one way.
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "checks": {"errors"},
     "images": {"checks", "errors"},
-    "arguments": {"images", "checks", "errors"},
-    "result": {"images", "checks", "errors"},
+    "shortcuts": {"checks", "errors"},
+    "arguments": {"shortcuts", "images", "checks", "errors"},
+    "result": {"shortcuts", "images", "checks", "errors"},
     "diffusion": {"checks", "errors"},
     "scenes": {"errors"},
     "ops": {"_C", "_cuda", "errors"},
@@ -41,7 +42,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "serve": {"api", "pipeline", *STAGES, *FRONT, *MODELS},
     "bench": {"api", "pipeline", "doctor", *STAGES, *FRONT, *MODELS},
     "cli": {"api", "bench", "pipeline", "doctor", "serve", "training", "tuning", *STAGES, *FRONT, *MODELS},
-    "__init__": {"api", "pipeline", "result", "errors"},
+    "__init__": {"api", "pipeline", "result", "shortcuts", "errors"},
     "__main__": {"cli"},
 }
 # What each part may import from elsewhere, beside the standard library; the hub client is checkpoint's alone.

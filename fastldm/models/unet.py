@@ -9,6 +9,7 @@ two rows a picture and the latents one: what comes before the first cross-attent
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -153,6 +154,7 @@ class StepState:
     keys_values: Iterator[tuple[Tensor, Tensor]]
     key_lengths: Tensor | None
     skips: list[Tensor]
+    deep: Tensor | None = None  # filled with what the last residual block is given, beside the first skip
 
 
 def transformer(width: int, heads: int, depth: int, config: UNetConfig) -> Transformer:
@@ -196,18 +198,25 @@ class Level(nn.Module):
         self.upsamplers = nn.ModuleList([Upsample(width)] if resample == "up" else [])
 
     def forward(self, x: Tensor, state: StepState) -> Tensor:
-        for i, resnet in enumerate(self.resnets):
-            if self.goes_up:
-                x = torch.cat((x, repeat_rows(state.skips.pop(), len(x))), dim=1)
-            x = resnet(x, next(state.time_biases)[: len(x)])
-            if self.attentions:
-                x = self.attentions[i](x, state.keys_values, state.key_lengths)
-            if not self.goes_up:
-                state.skips.append(x)
+        for i in range(len(self.resnets)):
+            x = self.block(i, x, state)
         for resample in (*self.downsamplers, *self.upsamplers):
             x = resample(x)
             if not self.goes_up:
                 state.skips.append(x)
+        return x
+
+    def block(self, i: int, x: Tensor, state: StepState) -> Tensor:
+        """The i-th residual block, with its skip and its transformer."""
+        if self.goes_up:
+            if state.deep is not None and len(state.skips) == 1:
+                state.deep.copy_(x)
+            x = torch.cat((x, repeat_rows(state.skips.pop(), len(x))), dim=1)
+        x = self.resnets[i](x, next(state.time_biases)[: len(x)])
+        if self.attentions:
+            x = self.attentions[i](x, state.keys_values, state.key_lengths)
+        if not self.goes_up:
+            state.skips.append(x)
         return x
 
 
@@ -318,29 +327,48 @@ class UNet(nn.Module):
         embedding = nn.functional.silu(self.time_embedding(sinusoid))
         return torch.cat([projection(embedding) for projection in self._time_projections], dim=-1)
 
-    def forward(self, latents: Tensor, condition: UNetCondition, step: Tensor) -> Tensor:
+    def forward(
+        self, latents: Tensor, condition: UNetCondition, step: Tensor, deep: Tensor | None = None
+    ) -> Tensor:
         """Predict [R, C, H, W] from latents [B, C, H, W] at `step` int [B], an index into the condition's
-        steps; rows i and B + i belong to latents i.
+        steps; rows i and B + i belong to latents i. `deep` [R, first level's width, H, W], if given, is
+        filled with the features that `shallow` takes.
         """
+        x, state = self._begin(latents, condition, step)
+        state.deep = deep
+        for block in (*self.down_blocks, self.mid_block, *self.up_blocks):
+            x = block(x, state)
+        return self.conv_out(self.conv_norm_out(x))
+
+    def shallow(self, latents: Tensor, condition: UNetCondition, step: Tensor, deep: Tensor) -> Tensor:
+        """About what `forward` predicts, by its first convolution and its last block alone: what lies
+        between them is taken from `deep`, as a step before left it. (Ma et al. 2023, arXiv:2312.00858)
+        """
+        _, state = self._begin(latents, condition, step)
+        last = self.up_blocks[-1]
+        assert isinstance(last, Level)
+        state.time_biases = iter(deque(state.time_biases, maxlen=1))
+        state.keys_values = iter(deque(state.keys_values, maxlen=self.config.transformer_depth[0]))
+        x = last.block(-1, deep, state)
+        return self.conv_out(self.conv_norm_out(x))
+
+    def _begin(self, latents: Tensor, condition: UNetCondition, step: Tensor) -> tuple[Tensor, StepState]:
+        """The first convolution's output, and what the blocks after it take from."""
         count, rows = len(latents), len(condition.context)
         bias = condition.time_bias.expand(count, -1, -1)[torch.arange(count, device=step.device), step]
         widths = [projection.out_features for projection in self._time_projections]
-        state = StepState(
-            time_biases=iter(repeat_rows(bias, rows).split(widths, dim=1)),
-            keys_values=self._split(condition.context),
-            key_lengths=condition.context_length,
-            skips=[],
-        )
         latents = latents.contiguous(memory_format=torch.channels_last)
         if condition.concat_bias is None:
             x = self.conv_in(latents)
         else:
             share = self.conv_in.weight[:, : self.config.latent_channels]
             x = ops.conv2d(latents, share, None, padding=1, residual=condition.concat_bias)
-        state.skips.append(x)
-        for block in (*self.down_blocks, self.mid_block, *self.up_blocks):
-            x = block(x, state)
-        return self.conv_out(self.conv_norm_out(x))
+        return x, StepState(
+            time_biases=iter(repeat_rows(bias, rows).split(widths, dim=1)),
+            keys_values=self._split(condition.context),
+            key_lengths=condition.context_length,
+            skips=[x],
+        )
 
     def _split(self, context: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """The packed keys and values of each cross-attention, views [R, heads, L, d]."""

@@ -85,14 +85,16 @@ class Batcher:
         self._thread.start()
 
     def submit(self, prompt: str | list[str] | None = None, **arguments: Any) -> Future[Any]:
-        """Ask for images; keywords as in `generate`, except cuda_graph. Returns a future of the `Result`.
+        """Ask for images; keywords as in `generate`, except cuda_graph and shortcuts.
 
+        Returns a future of the `Result`.
         Cancelling the future frees its slots before the next step. Progress and callback are called from the
         batcher's thread; an error raised there is the future's. Several images take several slots, up to all
         of them at a time. Raises InvalidArgument at once; FastLDMError when closed.
         """
-        if arguments.get("cuda_graph") is not None:
-            raise InvalidArgument("cuda_graph", arguments["cuda_graph"], "None: requests share one step")
+        for name in ("cuda_graph", "shortcuts"):
+            if arguments.get(name) is not None:
+                raise InvalidArgument(name, arguments[name], "None: requests share one step")
         request = self.pipe.check(prompt, **arguments)
         job = Job(Future(), self.pipe.stages(request, split(request.count, most=self.count)))
         with self._changed:

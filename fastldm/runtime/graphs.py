@@ -31,6 +31,7 @@ class Work:
     """Something to run again and again on the same buffers: `launch`, or a replay of its captured graph."""
 
     replay: Callable[[], None] | None = None
+    also: tuple[Work, ...] = ()  # other work on the same buffers, captured with it
 
     def launch(self) -> None:
         """Do the work, one kernel after the other; never waits for the device."""
@@ -171,16 +172,21 @@ class Graphs:
     def _capture(self, key: Hashable, work: Work, recorder: Recorder) -> None:
         if self._pool is None:
             self._pool = recorder.new_pool()
+        grown, together = 0, (work, *work.also)
         with _capturing:
-            recorder.warm_up(work.launch)
-            try:
-                work.replay, grown = recorder.capture(work.launch, self._pool)
-            except Exception as error:
-                name = key[0] if isinstance(key, tuple) else key
-                why = f"{type(error).__name__}: {error}".splitlines()[0]
-                self.failures[key] = f"{name} runs without a CUDA graph: {why}"
-                self._pool = None  # torch may not take its memory back; nothing is added to it
-                return
+            for each in together:
+                recorder.warm_up(each.launch)
+                try:
+                    each.replay, more = recorder.capture(each.launch, self._pool)
+                except Exception as error:
+                    name = key[0] if isinstance(key, tuple) else key
+                    why = f"{type(error).__name__}: {error}".splitlines()[0]
+                    self.failures[key] = f"{name} runs without a CUDA graph: {why}"
+                    self._pool = None  # torch may not take its memory back; nothing is added to it
+                    for captured in together:
+                        captured.replay = None
+                    return
+                grown += more
         self.failures.pop(key, None)
         self._pool_bytes += grown
         self._kept[key] = work

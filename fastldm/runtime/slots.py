@@ -11,8 +11,10 @@ when it is used up. The host counts steps as the device does, so it knows when w
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -43,6 +45,8 @@ class Group:
     lengths: Sequence[int] | None  # tokens of each row that count; None: all
     time_bias: Tensor  # [steps, M]
     watch: Watch | None = None
+    x0: Tensor | None = None  # [n, C, H, W] of a step before the first; None: there was none
+    whole_every: int = 1  # as in Shortcuts; more than 1 is for CachingSlots
 
     @property
     def shape(self) -> tuple[Hashable, ...]:
@@ -137,7 +141,10 @@ class Slots(Work):
         for i, place in enumerate(places):
             self.latents[place] = group.latents[i]
             self.model_input[place] = group.latents[i]
-            self.x0[place].zero_()
+            if group.x0 is None:
+                self.x0[place].zero_()
+            else:
+                self.x0[place] = group.x0[i]
             for half in range(self.halves):
                 row = (i + half * len(places)) % len(group.context)
                 self.context[place + half * self.count] = group.context[row]
@@ -206,3 +213,32 @@ class Slots(Work):
     def _rows(self, tensor: Tensor, run: Run) -> Tensor:
         """The run's rows of a buffer, copied."""
         return torch.stack([tensor[place] for place in run.places])
+
+
+class CachingSlots(Slots):
+    """Slots of one group at a time, which runs the whole model at its first step and at every
+    `whole_every`-th after it; at the others, `cached` on the deep features that the last whole one left.
+
+    predict and cached take `deep`, of the shape given, as a keyword: one writes it, the other reads it.
+    """
+
+    def __init__(
+        self,
+        predict: Callable[..., Tensor],
+        cached: Callable[..., Tensor],
+        deep: tuple[int, ...],
+        like: Group,
+        count: int,
+        guided: bool,
+        dtype: torch.dtype,
+    ) -> None:
+        self.deep = torch.zeros(deep, dtype=dtype, device=like.latents.device)
+        self.deep = self.deep.to(memory_format=torch.channels_last)
+        super().__init__(partial(predict, deep=self.deep), like, count, guided, dtype)
+        self.cached = copy.copy(self)  # the same buffers
+        self.cached.predict = partial(cached, deep=self.deep)
+        self.also = (self.cached,)
+
+    def run(self) -> None:
+        [run] = self.runs
+        Work.run(self.cached if run.done % run.group.whole_every else self)
