@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import pickle
 import re
@@ -18,6 +19,7 @@ from PIL import Image
 
 from fastldm.arguments import Limits, check_generate, unknown_keyword
 from fastldm.errors import InvalidArgument
+from fastldm.shortcuts import Shortcuts
 
 LIMITS = Limits(
     max_steps=1000,
@@ -407,6 +409,38 @@ def test_recorded_arguments_make_the_same_request():
     assert (again.prompts, again.seeds, again.negatives, again.count) == (["b"], [9], ["n"], 1)
     assert (again.steps, again.eta, again.guidance_scale, again.sampler) == (9, 0.5, 3.0, "ddim")
     assert again.arguments(0) == made.arguments(2)
+
+
+@pytest.mark.parametrize(
+    ("value", "allowed"),
+    [
+        (True, "shortcuts=True: allowed is None, Shortcuts or a mapping"),
+        ({"whole": 2}, "shortcuts=<dict>: allowed is None, Shortcuts or a mapping"),
+        ({"whole_every": 0}, "shortcuts[whole_every]=0: allowed is an integer 1…"),
+        ({"whole_every": 2.0}, "shortcuts[whole_every]=2.0: allowed is an integer 1…"),
+        ({"guidance_interval": 0.5}, "shortcuts[guidance_interval]=0.5: allowed is two numbers 0…1"),
+        ({"guidance_interval": (0.5, 0.5)}, "shortcuts[guidance_interval]=(0.5, 0.5): allowed is two"),
+        ({"guidance_interval": (0.8, 0.2)}, "the first below the second"),
+        ({"guidance_interval": [0, 1, 1]}, "the first below the second"),
+        ({"guidance_interval": (-0.1, 1)}, "shortcuts[guidance_interval]=-0.1: allowed is a number 0…1"),
+        ({"guidance_interval": (0, float("nan"))}, "shortcuts[guidance_interval]=nan: allowed is a number"),
+    ],
+    ids=str,
+)
+def test_shortcuts_are_checked(value, allowed):
+    with pytest.raises(InvalidArgument, match=re.escape(allowed)):
+        check(shortcuts=value)
+    if isinstance(value, dict) and "whole" not in value:
+        with pytest.raises(InvalidArgument, match=re.escape(allowed)):
+            check(shortcuts=Shortcuts(**value))
+
+
+def test_shortcuts_are_recorded():
+    made = check(shortcuts=Shortcuts((0.25, 0.75), 3))
+    recorded = json.loads(json.dumps(made.arguments(0)))
+    assert check(**recorded).shortcuts == made.shortcuts == Shortcuts((0.25, 0.75), 3)
+    assert list(made.shortcuts.guided(10)) == [2, 3, 4, 5, 6, 7]
+    assert check().shortcuts == Shortcuts() and "shortcuts" not in check().arguments(0)
 
 
 def test_recorded_arguments_name_what_they_cannot_hold():

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+import fastldm
 from fastldm import images
 
 
@@ -31,6 +32,18 @@ def test_replay_from_an_image_wants_the_image(pipe, run, fails):
     assert Path("out-replay.png").read_bytes() == Path("out.png").read_bytes()
     code, _, err = run("generate", "--replay", "out.png", "--image", "other.png")
     assert code == 0 and "--image is not the picture used before" in err
+
+
+def test_shortcuts_are_replayed(pipe, run, fails, recorded):
+    assert run("generate", "a", "--guidance-interval", 0.2, 0.8, "--whole-every", 2)[0] == 0
+    assert pipe.requests[-1].shortcuts == fastldm.Shortcuts((0.2, 0.8), 2)
+    assert run("generate", "--replay", "out.png")[0] == 0
+    assert Path("out-replay.png").read_bytes() == Path("out.png").read_bytes()
+    assert run("generate", "--replay", "out.png", "--whole-every", 3)[0] == 0
+    assert pipe.requests[-1].shortcuts == fastldm.Shortcuts(whole_every=3)
+    assert "shortcuts[whole_every]=0" in fails("generate", "a", "--whole-every", 0)
+    write_png("evil.png", recorded(shortcuts=["whole_every"]))
+    assert "shortcuts=['whole_every']" in fails("generate", "--replay", "evil.png")
 
 
 def write_png(name, made):

@@ -181,3 +181,36 @@ def test_halves_share_what_comes_before_the_first_cross_attention(name: str, bac
     assert convolved in ([2, 4], [])  # of an inpainting model, the convolution is called without its module
     torch.testing.assert_close(once, want, rtol=0, atol=2e-6 * float(want.abs().max()))
     assert not torch.allclose(once[:2], once[2:], atol=1e-3)
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_shallow_is_the_outermost_block_on_kept_features(name: str) -> None:
+    torch.manual_seed(0)
+    config = TINY[name]
+    unet = UNet(config).eval()
+    before, latents = torch.randn(2, 2, 4, 8, 12)
+    context = torch.randn(4, 5, config.cross_attention_dim)
+    extra = torch.randn(2, config.in_channels - 4, 8, 12) if config.in_channels > 4 else None
+    deep = torch.full((4, config.block_out_channels[0], 8, 12), torch.nan)
+    deep = deep.contiguous(memory_format=torch.channels_last)
+    last = unet.up_blocks[-1]
+    with torch.inference_mode():
+        condition = unet.condition(context, torch.tensor([900.0, 7.0]), extra)
+        first, second = torch.tensor([0, 0]), torch.tensor([1, 1])
+        assert torch.equal(unet(before, condition, first, deep), unet(before, condition, first))
+        assert torch.equal(unet.shallow(before, condition, first, deep), unet(before, condition, first))
+        kept = deep.clone()
+        got = unet.shallow(latents, condition, second, deep)
+        assert torch.equal(deep, kept)
+        # By hand: the skip of the new latents beside the old features, under the new step's time bias.
+        skip = unet.conv_in(latents if extra is None else torch.cat((latents, extra), dim=1)).repeat(
+            2, 1, 1, 1
+        )
+        bias = condition.time_bias[0, 1, -config.block_out_channels[0] :].expand(4, -1)
+        x = last.resnets[-1](torch.cat((deep, skip), dim=1), bias)
+        if last.attentions:
+            depth = config.transformer_depth[0]
+            pairs = list(unet._split(condition.context))[-depth:]
+            x = last.attentions[-1](x, iter(pairs), None)
+        want = unet.conv_out(unet.conv_norm_out(x))
+    torch.testing.assert_close(got, want, rtol=0, atol=2e-6 * float(want.abs().max()))
