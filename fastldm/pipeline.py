@@ -290,11 +290,12 @@ class Pipeline:
             context, lengths, time_bias, step = rest
             return network(latents, UNetCondition(context, time_bias, lengths), step, **deep)
 
-        name, build = "the step", partial(Slots, partial(predict, unet))
+        name, whole = "the step", partial(predict, unet)
+        build: Callable[..., Slots] = partial(Slots, whole)
         if group.whole_every > 1:
             deep = (count * (1 + guided), unet.config.block_out_channels[0], *group.latents.shape[2:])
             name = "the step and a cached one"
-            build = partial(CachingSlots, partial(predict, unet), partial(predict, unet.shallow), deep)
+            build = partial(CachingSlots, whole, partial(predict, unet.shallow), deep)
         with out_of_memory(f"{count} images side by side, latents {tuple(group.latents.shape[1:])}"):
             return self.graphs.get(
                 (name, count, guided, *group.shape),

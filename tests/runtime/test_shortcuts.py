@@ -193,7 +193,7 @@ def test_a_failed_capture_leaves_the_eager_path(captured: Pipeline, recorder: An
 
     recorder.capture = second_fails
     result = captured.generate(**arguments)
-    name = "the step with its features kept"
+    name = "the step and a cached one"
     assert result.warnings == (f"{name} runs without a CUDA graph: RuntimeError: no room",)
     assert torch.equal(result.images, captured.generate(**arguments, cuda_graph=False).images)
     assert captured.graphs.held == before and len(calls) == 2
