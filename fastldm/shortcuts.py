@@ -19,8 +19,8 @@ class Shortcuts:
                        including round(b n) are guided; the others run without their unconditional half.
                        (Kynkäänniemi et al. 2024, arXiv:2404.07724)
     whole_every        N: of each N steps only the first runs the whole UNet; the others run its outermost
-                       block alone, on the deep features of that one. Guided and unguided steps are counted
-                       apart. (Ma et al. 2023, arXiv:2312.00858)
+                       block alone, on the deep features of that one. The count begins anew where guidance
+                       begins or ends. (Ma et al. 2023, arXiv:2312.00858)
     """
 
     guidance_interval: tuple[float, float] = (0.0, 1.0)

@@ -87,10 +87,10 @@ class Batcher:
     def submit(self, prompt: str | list[str] | None = None, **arguments: Any) -> Future[Any]:
         """Ask for images; keywords as in `generate`, except cuda_graph and shortcuts.
 
-        Returns a future of the `Result`.
-        Cancelling the future frees its slots before the next step. Progress and callback are called from the
-        batcher's thread; an error raised there is the future's. Several images take several slots, up to all
-        of them at a time. Raises InvalidArgument at once; FastLDMError when closed.
+        Returns a future of the `Result`. Cancelling it frees its slots before the next step. Progress and
+        callback are called from the batcher's thread; an error raised there is the future's. Several images
+        take several slots, up to all of them at a time. Raises InvalidArgument at once; FastLDMError when
+        closed.
         """
         for name in ("cuda_graph", "shortcuts"):
             if arguments.get(name) is not None:
