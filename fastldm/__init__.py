@@ -23,10 +23,17 @@ if TYPE_CHECKING:
     from fastldm.api import generate, load
     from fastldm.pipeline import Pipeline
     from fastldm.result import Result
+    from fastldm.verification import verify
 
 __version__ = "0.1.0"
 
-_LAZY = {"generate": "api", "load": "api", "Pipeline": "pipeline", "Result": "result"}
+_LAZY = {
+    "generate": "api",
+    "load": "api",
+    "Pipeline": "pipeline",
+    "Result": "result",
+    "verify": "verification",
+}
 
 __all__ = [
     "BackendUnavailable",
@@ -39,6 +46,7 @@ __all__ = [
     "Result",
     "generate",
     "load",
+    "verify",
 ]
 
 # An uninstalled checkout keeps the Triton kernels beside the package: let `fastldm.kernels` be found there.

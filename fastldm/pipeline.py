@@ -5,9 +5,10 @@ A pipeline does not change after loading; calls from several threads are served 
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cached_property, partial
 from typing import Any
 
@@ -78,6 +79,12 @@ class Pipeline:
             context_length=self.text.length,
         )
 
+    @contextlib.contextmanager
+    def turn(self) -> Iterator[None]:
+        """The pipeline for one caller: nobody else runs it within the block."""
+        with self._lock, ops.use_backends(self.backends), torch.inference_mode():
+            yield
+
     @torch.inference_mode()
     def generate(self, prompt: str | list[str] | None = None, **arguments: Any) -> Result:
         """Make images; keywords as in `fastldm.generate`.
@@ -87,7 +94,7 @@ class Pipeline:
         """
         request = check_generate(self.limits, prompt=prompt, **arguments)
         table = self.table(request)
-        with self._lock, ops.use_backends(self.backends):
+        with self.turn():
             try:
                 return self._run(request, table)
             except (MemoryError, RuntimeError) as error:

@@ -36,12 +36,16 @@ MAY_IMPORT: dict[str, set[str]] = {
     "training": {"checkpoint", "scenes", *MODELS},
     "pipeline": {*STAGES, *FRONT, *MODELS},
     "api": {"pipeline", *STAGES, *FRONT, *MODELS},
+    "verification": {"pipeline", "runtime", "ops", "errors"},
     "doctor": {"kernels", "ops", "errors"},
     "tuning": {"kernels", *STAGES, *MODELS},
     "serve": {"api", "pipeline", *STAGES, *FRONT, *MODELS},
     "bench": {"api", "pipeline", "doctor", *STAGES, *FRONT, *MODELS},
-    "cli": {"api", "bench", "pipeline", "doctor", "serve", "training", "tuning", *STAGES, *FRONT, *MODELS},
-    "__init__": {"api", "pipeline", "result", "errors"},
+    "cli": {
+        *("api", "bench", "pipeline", "doctor", "serve", "training", "tuning", "verification"),
+        *(*STAGES, *FRONT, *MODELS),
+    },
+    "__init__": {"api", "pipeline", "result", "verification", "errors"},
     "__main__": {"cli"},
 }
 # What each part may import from elsewhere, beside the standard library; the hub client is checkpoint's alone.
