@@ -22,6 +22,7 @@ from fastldm.arguments import Limits, Request, check_generate
 from fastldm.checkpoint import Components, inspect
 from fastldm.diffusion import SamplerTable, build_table
 from fastldm.errors import CheckpointError, InvalidArgument, NonFiniteOutput, OutOfMemory
+from fastldm.footprint import Footprint, estimate
 from fastldm.models.layers import channels_last
 from fastldm.models.text import TextConditioner, TextEmbeddings
 from fastldm.models.unet import UNetCondition
@@ -75,7 +76,7 @@ class Pipeline:
             default_height=side,
             context_dim=unet.cross_attention_dim,
             memory_bytes=available_bytes(self.device),
-            bytes_per_pixel=peak_bytes(vae, side, side, self.dtype.itemsize, rows=64) / side**2,
+            bytes_per_pixel=3 * (2 * self.dtype.itemsize + 12),  # of a finished image and its conversion
             context_length=self.text.length,
         )
 
@@ -92,8 +93,9 @@ class Pipeline:
         Raises InvalidArgument before any work, TypeError for an unknown keyword, OutOfMemory,
         NonFiniteOutput.
         """
-        request = check_generate(self.limits, prompt=prompt, **arguments)
+        request = self.check(prompt, **arguments)
         table = self.table(request)
+        self._refuse_what_does_not_fit(request)
         with self.turn():
             try:
                 return self._run(request, table)
@@ -102,6 +104,43 @@ class Pipeline:
                     raise
                 asked = f"{request.count} images of {request.width}x{request.height}"
                 raise OutOfMemory(f"{asked}: {error}") from None
+
+    def check(self, prompt: str | list[str] | None = None, **arguments: Any) -> Request:
+        """The request that these keywords of `generate` describe, or the error for the first wrong one."""
+        return check_generate(self.limits, prompt=prompt, **arguments)
+
+    def footprint(self, request: Request) -> Footprint:
+        """How much memory a request will need, to a tenth."""
+        embeds = request.prompt_embeds
+        with ops.use_backends(self.backends):
+            return estimate(
+                self.components,
+                self.dtype,
+                width=request.width,
+                height=request.height,
+                images=request.count,
+                side_by_side=BUCKET,
+                guided=request.guided,
+                steps=request.steps,
+                tokens=self.text.length if embeds is None else embeds.shape[1],
+                from_image=request.image is not None,
+                to_pixels=request.output_type != "latent",
+            )
+
+    def _refuse_what_does_not_fit(self, request: Request) -> None:
+        free, asked = (
+            available_bytes(self.device),
+            f"{request.count} images of {request.width}x{request.height}",
+        )
+        plain = peak_bytes(
+            self.components.vae.config, request.height, request.width, self.dtype.itemsize, None
+        )
+        if 4 * plain * request.count <= free:
+            return  # no stage takes more for an image than its decode in one piece, by far
+        needed = self.footprint(request).needed
+        if needed > free:
+            sizes = f"{needed / 2**30:.1f} GiB are needed, {free / 2**30:.1f} GiB are free"
+            raise OutOfMemory(f"{asked}: {sizes}")
 
     def _run(self, request: Request, table: SamplerTable) -> Result:
         clock = Clock()

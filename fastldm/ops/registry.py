@@ -68,7 +68,7 @@ class Op(Generic[P, R]):
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         refusals = None
-        order = _order()
+        order = order_in_force()
         for backend in order:
             if backend == REFERENCE:
                 return self.reference(*args, **kwargs)
@@ -87,7 +87,7 @@ class Op(Generic[P, R]):
     def explain(self, *args: P.args, **kwargs: P.kwargs) -> tuple[str, dict[str, str]]:
         """The backend that serves such a call, and why those before it in the order do not."""
         refusals: dict[str, str] = {}
-        for backend in _order():
+        for backend in order_in_force():
             if backend == REFERENCE:
                 break
             stand_in = self.stand_ins.get(backend)
@@ -150,13 +150,14 @@ def _default_order() -> tuple[str, ...]:
 _chosen: ContextVar[tuple[str, ...] | None] = ContextVar("fastldm_backends", default=None)
 
 
-def _order() -> tuple[str, ...]:
+def order_in_force() -> tuple[str, ...]:
+    """The backends that ops try in this thread or task, in order."""
     chosen = _chosen.get()
     return _default_order() if chosen is None else chosen
 
 
 # Dynamo cannot trace a context variable: the order is a constant of what it compiles.
-_order._dynamo_marked_constant = True  # type: ignore[attr-defined]
+order_in_force._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 Watcher = Callable[..., Any]
 _watching: ContextVar[Watcher] = ContextVar("fastldm_watcher")
@@ -185,7 +186,7 @@ def watch(watcher: Watcher) -> Iterator[None]:
     The watcher runs with the order of backends in force outside the block, so it may call the op itself.
     An empty order stands for being watched: calls that nobody watches pay nothing for it.
     """
-    order = _order()
+    order = order_in_force()
 
     def unwatched(op: Op[..., Any], *args: Any, **kwargs: Any) -> Any:
         with use_backends(order):
