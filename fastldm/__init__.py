@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from fastldm.pipeline import Pipeline
     from fastldm.result import Result
     from fastldm.shortcuts import Shortcuts
+    from fastldm.verification import verify
 
 __version__ = "0.1.0"
 
@@ -33,6 +34,7 @@ _LAZY = {
     "Pipeline": "pipeline",
     "Result": "result",
     "Shortcuts": "shortcuts",
+    "verify": "verification",
 }
 
 __all__ = [
@@ -47,6 +49,7 @@ __all__ = [
     "Shortcuts",
     "generate",
     "load",
+    "verify",
 ]
 
 # An uninstalled checkout keeps the Triton kernels beside the package: let `fastldm.kernels` be found there.

@@ -47,7 +47,9 @@ class Parser(argparse.ArgumentParser):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code: 0, 2 after an error, 130 after Ctrl-C."""
+    """Run one command and return its exit code: 0, 1 if doctor finds a wrong result, 2 after an error, 130
+    after Ctrl-C.
+    """
     warnings.filterwarnings("ignore", message=".*decompression bomb")  # said by our own error
     if isinstance(sys.stdout, io.TextIOWrapper):  # a path or a prompt may be more than the terminal can show
         sys.stdout.reconfigure(errors="backslashreplace")
@@ -56,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         try:
             options = vars(_parser().parse_args(arguments))
             run = options.pop("run")
-            run(options)
+            return run(options) or 0
         finally:
             if sys.stdout is not None:
                 sys.stdout.flush()
@@ -131,11 +133,19 @@ def convert(options: dict[str, Any]) -> None:
     print(convert(options.pop("source"), options.pop("destination"), **options))
 
 
-def doctor(options: dict[str, Any]) -> None:
-    """Say what this machine has and what fastldm makes of it."""
+def doctor(options: dict[str, Any]) -> int:
+    """Say what this machine has and what fastldm makes of it, or check what it computes."""
+    as_json, model = options.pop("json"), options.pop("verify", None)
+    if model is not None:
+        report = fastldm.verify(fastldm.load(model, **options))
+        print(json.dumps(report.to_dict(), indent=2) if as_json else report)
+        return 0 if report.ok else 1
     from fastldm.doctor import diagnose
 
-    _show(diagnose(), options["json"])
+    for name, value in options.items():
+        raise InvalidArgument(name, value, "only beside --verify")
+    _show(diagnose(), as_json)
+    return 0
 
 
 def bench(options: dict[str, Any]) -> None:
@@ -294,9 +304,13 @@ def _parser() -> Parser:
     command.add_argument("--tokenizer", metavar="PATH", help=TOKENIZER_HELP)
     command.add_argument("--overwrite", action="store_true", help="replace what is at the destination")
 
-    command = commands.add_parser("doctor", help=doctor.__doc__)
+    command = commands.add_parser("doctor", help=doctor.__doc__, argument_default=argparse.SUPPRESS)
     command.set_defaults(run=doctor)
-    command.add_argument("--json", action="store_true", help="print JSON")
+    command.add_argument("--json", action="store_true", default=False, help="print JSON")
+    add = command.add_argument
+    add("--verify", metavar="MODEL", help="hold every kernel that MODEL runs against its reference")
+    add("--device", metavar="NAME", help="with --verify: cpu, cuda, cuda:1 (the best there is)")
+    add("--dtype", metavar="NAME", help="with --verify: fp32, bf16 or fp16 (the device's)")
 
     command = commands.add_parser("bench", help=bench.__doc__, argument_default=argparse.SUPPRESS)
     command.set_defaults(run=bench)

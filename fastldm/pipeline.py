@@ -8,7 +8,6 @@ is the way of one request; `generate` drives it through a bucket of slots of its
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import Callable, Generator, Iterator, Mapping
 from functools import cached_property, partial
 from typing import Any
@@ -17,16 +16,16 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from fastldm import __version__, ops
+from fastldm import __version__, footprint, ops
 from fastldm.arguments import Limits, Request, check_generate
 from fastldm.checkpoint import Components, inspect
 from fastldm.diffusion import SamplerTable, build_table
-from fastldm.errors import CheckpointError, InvalidArgument, NonFiniteOutput
+from fastldm.errors import CheckpointError, InvalidArgument, NonFiniteOutput, OutOfMemory
 from fastldm.models.layers import channels_last
 from fastldm.models.text import TextConditioner, TextEmbeddings
 from fastldm.models.unet import UNetCondition
 from fastldm.models.vae_strips import decode, peak_bytes
-from fastldm.result import Result
+from fastldm.result import Clock, Result
 from fastldm.runtime.graphs import CudaRecorder, Graphs
 from fastldm.runtime.memory import TensorCache, available_bytes, out_of_memory, to_device, to_host
 from fastldm.runtime.segments import segments
@@ -88,7 +87,7 @@ class Pipeline:
             default_height=side,
             context_dim=unet.cross_attention_dim,
             memory_bytes=available_bytes(self.device),
-            bytes_per_pixel=peak_bytes(vae, side, side, self.dtype.itemsize, rows=64) / side**2,
+            bytes_per_pixel=3 * (2 * self.dtype.itemsize + 12),  # of a finished image and its conversion
             context_length=self.text.length,
         )
 
@@ -101,7 +100,8 @@ class Pipeline:
         NonFiniteOutput.
         """
         request = self.check(prompt, **arguments)
-        stages = self.stages(request, split(request.count, padded=self.device.type == "cuda"))
+        stages = self.stages(request, self.groups(request))
+        self._refuse_what_does_not_fit(request)
         with self.turn():
             outcome = None
             while True:
@@ -118,6 +118,25 @@ class Pipeline:
         if request.cuda_graph and self.graphs.recorder is None:
             raise InvalidArgument("cuda_graph", True, "None or False: this pipeline runs on the CPU")
         return request
+
+    def groups(self, request: Request) -> list[range]:
+        """Which of its images `generate` makes together, the largest group first."""
+        return split(request.count, padded=self.device.type == "cuda")
+
+    def footprint(self, request: Request) -> footprint.Footprint:
+        """How much memory a request will need, to a tenth."""
+        together = smallest(len(self.groups(request)[0]))
+        with ops.use_backends(self.backends):
+            return footprint.of(request, self.components, self.dtype, together, self.text.length)
+
+    def _refuse_what_does_not_fit(self, request: Request) -> None:
+        free, vae = available_bytes(self.device), self.components.vae.config
+        whole = peak_bytes(vae, request.height, request.width, self.dtype.itemsize, None) * request.count
+        if 4 * whole <= free:
+            return  # no stage takes more for an image than its decode in one piece, by far
+        if (needed := self.footprint(request).needed) > free:
+            sizes = f"{needed / 2**30:.1f} GiB are needed, {free / 2**30:.1f} GiB are free"
+            raise OutOfMemory(f"{request.count} images of {request.width}x{request.height}: {sizes}")
 
     @contextlib.contextmanager
     def turn(self) -> Iterator[None]:
@@ -364,21 +383,3 @@ def _watch(request: Request, number: int, groups: int, steps: int) -> Watch | No
         return callback is not None and callback(number * steps + step, x0()) is False
 
     return watch
-
-
-class Clock:
-    """Seconds spent in named stages, and in all."""
-
-    def __init__(self) -> None:
-        self._began = self._last = time.perf_counter()
-        self._spent: dict[str, float] = {}
-
-    def lap(self, stage: str) -> None:
-        """Book the time since the last lap on `stage`."""
-        now = time.perf_counter()
-        self._spent[stage] = self._spent.get(stage, 0.0) + now - self._last
-        self._last = now
-
-    def seconds(self) -> dict[str, float]:
-        """The stages and the total."""
-        return {**self._spent, "total": self._last - self._began}

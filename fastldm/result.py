@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -63,3 +64,21 @@ class Result:
             return None
         shown: Image.Image = self.images[0] if len(self.images) == 1 else pictures.grid(self.images)
         return pictures.encode_png(shown)
+
+
+class Clock:
+    """Seconds spent in named stages, and in all."""
+
+    def __init__(self) -> None:
+        self._began = self._last = time.perf_counter()
+        self._spent: dict[str, float] = {}
+
+    def lap(self, stage: str) -> None:
+        """Book the time since the last lap on `stage`."""
+        now = time.perf_counter()
+        self._spent[stage] = self._spent.get(stage, 0.0) + now - self._last
+        self._last = now
+
+    def seconds(self) -> dict[str, float]:
+        """The stages and the total."""
+        return {**self._spent, "total": self._last - self._began}

@@ -35,14 +35,19 @@ MAY_IMPORT: dict[str, set[str]] = {
     "checkpoint": {"presets", *MODELS},
     "tasks": {"presets", *MODELS},
     "training": {"checkpoint", "scenes", *MODELS},
-    "pipeline": {*STAGES, *FRONT, *MODELS},
+    "footprint": {"arguments", "checkpoint", "models", "ops", "errors"},
+    "pipeline": {"footprint", *STAGES, *FRONT, *MODELS},
     "api": {"pipeline", *STAGES, *FRONT, *MODELS},
+    "verification": {"pipeline", "runtime", "ops", "errors"},
     "doctor": {"kernels", "runtime", "ops", "errors"},
     "tuning": {"kernels", *STAGES, *MODELS},
     "serve": {"api", "pipeline", *STAGES, *FRONT, *MODELS},
     "bench": {"api", "pipeline", "doctor", *STAGES, *FRONT, *MODELS},
-    "cli": {"api", "bench", "pipeline", "doctor", "serve", "training", "tuning", *STAGES, *FRONT, *MODELS},
-    "__init__": {"api", "pipeline", "result", "shortcuts", "errors"},
+    "cli": {
+        *("api", "bench", "pipeline", "doctor", "serve", "training", "tuning", "verification"),
+        *(*STAGES, *FRONT, *MODELS),
+    },
+    "__init__": {"api", "pipeline", "result", "shortcuts", "verification", "errors"},
     "__main__": {"cli"},
 }
 # What each part may import from elsewhere, beside the standard library; the hub client is checkpoint's alone.

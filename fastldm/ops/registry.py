@@ -68,7 +68,8 @@ class Op(Generic[P, R]):
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         refusals = None
-        for backend in _order():
+        order = order_in_force()
+        for backend in order:
             if backend == REFERENCE:
                 return self.reference(*args, **kwargs)
             stand_in = self.stand_ins.get(backend)
@@ -79,7 +80,22 @@ class Op(Generic[P, R]):
                 refusals = f"{refusals}; {backend}: {why}" if refusals else f"{backend}: {why}"
         if refusals:
             raise BackendUnavailable(f"{self.name}: {refusals} (add 'reference' to the backends to allow it)")
+        if not order:
+            return _watcher()(self, *args, **kwargs)  # see `watch`
         return self.reference(*args, **kwargs)  # none of the named backends knows this op
+
+    def explain(self, *args: P.args, **kwargs: P.kwargs) -> tuple[str, dict[str, str]]:
+        """The backend that serves such a call, and why those before it in the order do not."""
+        refusals: dict[str, str] = {}
+        for backend in order_in_force():
+            if backend == REFERENCE:
+                break
+            stand_in = self.stand_ins.get(backend)
+            why = "has no kernel for it" if stand_in is None else stand_in.refuses(*args, **kwargs)
+            if why is None:
+                return backend, refusals
+            refusals[backend] = why
+        return REFERENCE, refusals
 
 
 def op(reference: Callable[P, R]) -> Op[P, R]:
@@ -117,7 +133,7 @@ def resolve(backends: str | tuple[str, ...] | list[str] | None) -> tuple[str, ..
     names = (
         tuple(part.strip() for part in backends.split(",")) if isinstance(backends, str) else tuple(backends)
     )
-    for name in names:
+    for name in names or ("",):  # an empty order would mean `watch`
         if name not in AUTOMATIC:
             raise InvalidArgument("backends", name, f"one of {', '.join(AUTOMATIC)}")
         why = missing(name)
@@ -134,12 +150,21 @@ def _default_order() -> tuple[str, ...]:
 _chosen: ContextVar[tuple[str, ...] | None] = ContextVar("fastldm_backends", default=None)
 
 
-def _order() -> tuple[str, ...]:
-    return _chosen.get() or _default_order()
+def order_in_force() -> tuple[str, ...]:
+    """The backends that ops try in this thread or task, in order."""
+    chosen = _chosen.get()
+    return _default_order() if chosen is None else chosen
 
 
 # Dynamo cannot trace a context variable: the order is a constant of what it compiles.
-_order._dynamo_marked_constant = True  # type: ignore[attr-defined]
+order_in_force._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+Watcher = Callable[..., Any]
+_watching: ContextVar[Watcher] = ContextVar("fastldm_watcher")
+
+
+def _watcher() -> Watcher:
+    return _watching.get()
 
 
 @contextlib.contextmanager
@@ -152,3 +177,24 @@ def use_backends(backends: str | tuple[str, ...] | list[str] | None) -> Iterator
         yield
     finally:
         _chosen.reset(token)
+
+
+@contextlib.contextmanager
+def watch(watcher: Watcher) -> Iterator[None]:
+    """Within the block, and this thread or task only, every op call is watcher(op, *its arguments) instead.
+
+    The watcher runs with the order of backends in force outside the block, so it may call the op itself.
+    An empty order stands for being watched: calls that nobody watches pay nothing for it.
+    """
+    order = order_in_force()
+
+    def unwatched(op: Op[..., Any], *args: Any, **kwargs: Any) -> Any:
+        with use_backends(order):
+            return watcher(op, *args, **kwargs)
+
+    watching, chosen = _watching.set(unwatched), _chosen.set(())
+    try:
+        yield
+    finally:
+        _chosen.reset(chosen)
+        _watching.reset(watching)

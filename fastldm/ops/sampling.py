@@ -36,7 +36,7 @@ def guided_step(
     slots = latents.shape[0]
     row = table.expand(slots, -1, -1)[torch.arange(slots, device=table.device), step]
     column = row.T[:, :, None, None, None]
-    predicted = out.float()
+    predicted = out.to(latents.dtype)
     if out.shape[0] != slots:
         unconditional, conditional = predicted.chunk(2)
         predicted = unconditional + column[GUIDANCE] * (conditional - unconditional)

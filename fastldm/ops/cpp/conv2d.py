@@ -19,6 +19,11 @@ from fastldm.ops.raw import records
 MOST_PIXELS, MOST_PIXELS_LARGE, LARGE = 256, 512, 1 << 20
 
 
+def most_pixels(weight: Tensor) -> int:
+    """Of a result, up to which the weight is packed."""
+    return MOST_PIXELS if weight.numel() < LARGE else MOST_PIXELS_LARGE
+
+
 def _refuses_conv2d(
     x: Tensor,
     weight: Tensor,
@@ -43,7 +48,7 @@ def _refuses_conv2d(
         *((n + 2 * padding - w) // stride + 1 for n, w in zip((height, width), window, strict=True)),
     )
     pixels = rows * shape[2] * shape[3]
-    if pixels > (MOST_PIXELS if weight.numel() < LARGE else MOST_PIXELS_LARGE):
+    if pixels > most_pixels(weight):
         return f"{pixels} pixels gain nothing from a packed weight"
     if x.dtype not in TYPES or weight.dtype != x.dtype or (bias is not None and bias.dtype != x.dtype):
         return "x, weight and bias are not all float32 or all bfloat16"

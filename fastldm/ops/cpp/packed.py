@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -23,7 +23,7 @@ class _Entry:
     made: Any
 
 
-_entries: dict[Hashable, _Entry] = {}
+_entries: dict[tuple[Any, ...], _Entry] = {}
 _lock = threading.Lock()
 
 
@@ -46,6 +46,11 @@ def packed(weight: Tensor, make: Callable[..., T], *hints: object) -> T:
                 gone = weakref.ref(storage, lambda _: _entries.pop(key, None))
                 entry = _entries[key] = _Entry(gone, version, make(weight, *hints))
     return entry.made
+
+
+def addresses() -> set[int]:
+    """Of the weights of which something is kept."""
+    return {key[1] for key in list(_entries)}
 
 
 def unpackable(weight: Tensor) -> str | None:
