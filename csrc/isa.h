@@ -12,6 +12,7 @@ struct Kernels {
     const char* isa;
     bool (*runs_here)();
     void (*attention)(const Attention&);
+    void (*channel_moments)(const ChannelMoments&);
     void (*group_norm_silu)(const GroupNormSilu&);
     void (*guided_step)(const GuidedStep&);
     void (*interleave)(const Interleave&);
@@ -26,8 +27,9 @@ inline bool has_avx512() {
 }
 #endif
 
-#define FASTLDM_KERNELS(isa) \
-    isa::attention, isa::group_norm_silu, isa::guided_step, isa::interleave, isa::geglu, isa::layer_norm
+#define FASTLDM_KERNELS(isa)                                                                                   \
+    isa::attention, isa::channel_moments, isa::group_norm_silu, isa::guided_step, isa::interleave, isa::geglu, \
+        isa::layer_norm
 
 // From the narrowest to the widest; the first runs everywhere.
 inline const std::vector<Kernels>& compiled() {

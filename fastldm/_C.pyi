@@ -35,7 +35,11 @@ def group_norm_silu(
     groups: int,
     eps: float,
     silu: bool,
+    moments: int,
     threads: int,
+) -> None: ...
+def channel_moments(
+    isa: str, result: int, x: int, type: str, rows: int, pixels: int, channels: int, threads: int
 ) -> None: ...
 def guided_step(
     isa: str,
@@ -85,3 +89,4 @@ def layer_norm(
     rows_a_modulation: int,
     threads: int,
 ) -> None: ...
+def prefer_huge_pages(address: int, bytes: int) -> None: ...

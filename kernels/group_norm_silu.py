@@ -269,6 +269,7 @@ def _run(
     eps: float = 1e-5,
     silu: bool = True,
     row_bias: Tensor | None = None,
+    moments: Tensor | None = None,
 ) -> Tensor:
     rows, channels, height, width = x.shape
     pixels, width = height * width, channels // groups
@@ -313,7 +314,10 @@ def _refuses(
     eps: float = 1e-5,
     silu: bool = True,
     row_bias: Tensor | None = None,
+    moments: Tensor | None = None,
 ) -> str | None:
+    if moments is not None:
+        return "the kernel takes its own moments"
     if why := on_device(x, weight, bias, row_bias):
         return why
     if x.dtype not in TYPES:
@@ -344,7 +348,7 @@ def _refuses(
 group_norm_silu.register("triton", _refuses)(
     implement(
         "triton_group_norm_silu(Tensor x, Tensor weight, Tensor bias, int groups, float eps=1e-5,"
-        " bool silu=True, Tensor? row_bias=None) -> Tensor",
+        " bool silu=True, Tensor? row_bias=None, Tensor? moments=None) -> Tensor",
         _run,
         _shape,
     )

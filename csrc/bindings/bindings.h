@@ -26,5 +26,6 @@ void bind_guided_step(pybind11::module_&);
 void bind_interleave(pybind11::module_&);
 void bind_geglu(pybind11::module_&);
 void bind_layer_norm(pybind11::module_&);
+void bind_memory(pybind11::module_&);
 
 }  // namespace fastldm

@@ -25,13 +25,35 @@ std::vector<float> floats(Address address, const std::string& type, int64_t rows
     return values;
 }
 
+// Mean and variance of x, double [rows, 2, channels].
+std::vector<double> moments_of(const Kernels& kernels, Address x, Type type, int64_t rows, int64_t pixels,
+                               int64_t channels, int threads) {
+    const size_t numbers = static_cast<size_t>(rows * channels);
+    std::vector<double> moments(numbers * 2);
+    std::vector<float> blocks(numbers * 3 * static_cast<size_t>(ChannelMoments::blocks_of(pixels)));
+    kernels.channel_moments(
+        {pointer<const void>(x), moments.data(), blocks.data(), rows, pixels, channels, type, threads});
+    return moments;
+}
+
+void require_sizes(int64_t rows, int64_t pixels, int64_t channels, int threads) {
+    require(rows > 0 && pixels > 0 && channels > 0, "rows, pixels and channels are positive");
+    require(threads > 0, "threads are positive");
+}
+
+void channel_moments(const std::string& isa, Address result, Address x, const std::string& type, int64_t rows,
+                     int64_t pixels, int64_t channels, int threads) {
+    require_sizes(rows, pixels, channels, threads);
+    const auto moments = moments_of(kernels_of(isa), x, parse_type(type), rows, pixels, channels, threads);
+    for (size_t i = 0; i < moments.size(); ++i) pointer<float>(result)[i] = static_cast<float>(moments[i]);
+}
+
 void group_norm_silu(const std::string& isa, Address result, Address x, const std::string& type, int64_t rows,
                      int64_t pixels, int64_t channels, Address weight, Address bias, const std::string& affine_type,
                      std::optional<std::tuple<Address, std::string, int64_t>> row_bias, int64_t groups, double eps,
-                     bool silu, int threads) {
-    require(rows > 0 && pixels > 0 && channels > 0, "rows, pixels and channels are positive");
+                     bool silu, Address moments, int threads) {
+    require_sizes(rows, pixels, channels, threads);
     require(groups > 0 && channels % groups == 0, "channels are a multiple of groups");
-    require(threads > 0, "threads are positive");
     const Kernels& kernels = kernels_of(isa);
     const Type element = parse_type(type);
     const std::vector<float> weights = floats(weight, affine_type, 1, channels, channels);
@@ -41,19 +63,18 @@ void group_norm_silu(const std::string& isa, Address result, Address x, const st
         const auto& [address, its_type, stride] = *row_bias;
         row_biases = floats(address, its_type, rows, channels, stride);
     }
-    const size_t numbers = static_cast<size_t>(rows * channels);
-    const auto blocks = static_cast<size_t>(GroupNormSilu::blocks(pixels));
-    std::vector<float> block_moments(numbers * 3 * blocks), coefficients(numbers * 3);
-    std::vector<double> channel_moments(numbers * 2);
+    const float* given = pointer<const float>(moments);
+    const std::vector<double> known = given ? std::vector<double>(given, given + rows * 2 * channels)
+                                            : moments_of(kernels, x, element, rows, pixels, channels, threads);
+    std::vector<float> coefficients(static_cast<size_t>(rows * 3 * channels));
 
     GroupNormSilu a{};
     a.x = pointer<const void>(x);
     a.result = pointer<void>(result);
+    a.moments = known.data();
     a.weight = weights.data();
     a.bias = biases.data();
     a.row_bias = row_bias ? row_biases.data() : nullptr;
-    a.block_moments = block_moments.data();
-    a.channel_moments = channel_moments.data();
     a.coefficients = coefficients.data();
     a.rows = rows, a.pixels = pixels, a.channels = channels, a.groups = groups;
     a.eps = eps;
@@ -69,8 +90,13 @@ void bind_group_norm_silu(py::module_& module) {
     using py::arg;
     module.def("group_norm_silu", &group_norm_silu, py::call_guard<py::gil_scoped_release>(), arg("isa"), arg("result"),
                arg("x"), arg("type"), arg("rows"), arg("pixels"), arg("channels"), arg("weight"), arg("bias"),
-               arg("affine_type"), arg("row_bias"), arg("groups"), arg("eps"), arg("silu"), arg("threads"),
-               "silu(group_norm(x + row_bias)) of dense channels-last memory [rows, pixels, channels].");
+               arg("affine_type"), arg("row_bias"), arg("groups"), arg("eps"), arg("silu"), arg("moments"),
+               arg("threads"),
+               "silu(group_norm(x + row_bias)) of dense channels-last memory [rows, pixels, channels]; moments float32 "
+               "[rows, 2, channels], or 0: those of x.");
+    module.def("channel_moments", &channel_moments, py::call_guard<py::gil_scoped_release>(), arg("isa"), arg("result"),
+               arg("x"), arg("type"), arg("rows"), arg("pixels"), arg("channels"), arg("threads"),
+               "Mean and variance, float32 [rows, 2, channels], over the pixels of dense [rows, pixels, channels].");
 }
 
 }  // namespace fastldm

@@ -10,4 +10,5 @@ PYBIND11_MODULE(_C, module) {
     fastldm::bind_interleave(module);
     fastldm::bind_geglu(module);
     fastldm::bind_layer_norm(module);
+    fastldm::bind_memory(module);
 }

@@ -8,6 +8,8 @@ namespace {
 
 constexpr int64_t SERIAL = 1 << 14;  // fewer numbers than this are done before other threads wake up
 
+constexpr int64_t AHEAD = 256;  // so many numbers later are fetched: the two streams are short for the processor
+
 // exp(a^2 / 2) (1 - Phi(a)) for a in [0, 13.2] and Phi the normal distribution: the minimax polynomial, in relative
 // error, of t = 1 / (1 + 0.3 a). Degree 9: 1.1e-8. For results of type bfloat16, degree 5: 3.8e-5.
 template <typename E>
@@ -32,8 +34,8 @@ template <typename E>
 FASTLDM_INLINE Floats gelu(Floats x) {
     const Floats magnitude = x < Floats{} ? -x : x;
     const Floats exponent = magnitude * magnitude * -0.5f, least = splat(-87.0f);
-    const Floats tail =
-        exp_in_range<E>(exponent < least ? least : exponent) * scaled_tail<E>(1.0f / (1.0f + 0.3f * magnitude));
+    const Floats tail = exp_in_range<E>(exponent < least ? least : exponent) *
+                        scaled_tail<E>(quotient<E>(splat(1.0f), 1.0f + 0.3f * magnitude));
     const Floats upper = exponent < least ? Floats{} : tail;
     return x * (x > Floats{} ? 1.0f - upper : upper);
 }
@@ -47,10 +49,14 @@ void gate(const Geglu& a, int64_t row) {
         return load(hidden + c, part...) * gelu<E>(load(gates + c, part...));
     };
     int64_t c = 0;
-    for (; c + 2 * LANES <= a.channels; c += 2 * LANES) store(to + c, result(c), result(c + LANES));
+    for (; c + 2 * LANES <= a.channels; c += 2 * LANES) {
+        __builtin_prefetch(hidden + c + AHEAD);
+        __builtin_prefetch(gates + c + AHEAD);
+        store(to + c, result(c), result(c + LANES));
+    }
     for (; c < a.channels; c += LANES) {
         const int left = a.channels - c < LANES ? static_cast<int>(a.channels - c) : LANES;
-        store(to + c, 1, left, result(c, 1, left));
+        store(to + c, left, result(c, left));
     }
 }
 

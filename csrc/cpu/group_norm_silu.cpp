@@ -1,9 +1,7 @@
-// Group norm with SiLU and a bias per row, over channels-last memory: one pass for the statistics, one for the rest.
+// Group norm with SiLU and a bias per row, over channels-last memory, from the moments of the channels.
 //
-// Statistics never subtract large sums: within a block of pixels, deviations from the mean of every fourth of them, so
-// that the squares summed are at most four times the spread; between blocks and channels, the update of Chan, Golub &
-// LeVeque (1983) in double. The row bias shifts a channel's mean and leaves its spread alone, so it costs nothing per
-// element.
+// A group's variance is the mean of its channels' own and of the squared distances of their means from the group's.
+// The row bias shifts a channel's mean and leaves its variance alone, so it costs nothing per element.
 #include "kernels.h"
 #include "vector.h"
 
@@ -11,82 +9,22 @@ namespace fastldm::FASTLDM_ISA {
 
 namespace {
 
-constexpr int64_t BLOCK = GroupNormSilu::BLOCK;
-constexpr int64_t SAMPLE = 4;  // every fourth pixel of a block gives the centre of its sums
-constexpr int64_t CHUNK = 64;  // channels whose blocks one task merges
-
-// One block of pixels, V vectors of channels (or `count` < LANES channels of one vector): a centre near the mean, and
-// the first two sums of the deviations from it.
-template <int V, typename E>
-FASTLDM_INLINE void block_of_channels(const E* x, int64_t pixels, int64_t channels, float* to, int count) {
-    const auto at = [&](int64_t pixel, int v) __attribute__((always_inline)) {
-        const E* from = x + pixel * channels + v * LANES;
-        return count == LANES ? load(from) : load(from, 1, count);
-    };
-    Floats centre[V] = {}, first[V] = {}, second[V] = {};
-    for (int64_t pixel = 0; pixel < pixels; pixel += SAMPLE)
-        for (int v = 0; v < V; ++v) centre[v] += at(pixel, v);
-    const float samples = static_cast<float>((pixels + SAMPLE - 1) / SAMPLE);
-    for (int v = 0; v < V; ++v) centre[v] *= 1.0f / samples;
-    for (int64_t pixel = 0; pixel < pixels; ++pixel)
-        for (int v = 0; v < V; ++v) {
-            const Floats deviation = at(pixel, v) - centre[v];
-            first[v] += deviation;
-            second[v] += deviation * deviation;
-        }
-    for (int v = 0; v < V; ++v) {
-        store(to + v * LANES, 1, count, centre[v]);
-        store(to + v * LANES + channels, 1, count, first[v]);
-        store(to + v * LANES + 2 * channels, 1, count, second[v]);
-    }
-}
-
-template <typename E>
-void block_moments(const GroupNormSilu& a, int64_t row, int64_t block) {
-    const int64_t start = block * BLOCK, left = a.pixels - start, pixels = left < BLOCK ? left : BLOCK;
-    const E* x = static_cast<const E*>(a.x) + (row * a.pixels + start) * a.channels;
-    float* to = a.block_moments + (row * a.blocks(a.pixels) + block) * 3 * a.channels;
-    int64_t c = 0;
-    for (; c + 4 * LANES <= a.channels; c += 4 * LANES) block_of_channels<4>(x + c, pixels, a.channels, to + c, LANES);
-    for (; c + LANES <= a.channels; c += LANES) block_of_channels<1>(x + c, pixels, a.channels, to + c, LANES);
-    if (c < a.channels) block_of_channels<1>(x + c, pixels, a.channels, to + c, static_cast<int>(a.channels - c));
-}
-
-// Mean and spread (the sum of squared deviations) of the channels of a row, merged over its blocks.
-void channel_moments(const GroupNormSilu& a, int64_t row, int64_t chunk) {
-    const int64_t start = chunk * CHUNK, left = a.channels - start, channels = left < CHUNK ? left : CHUNK;
-    double* __restrict mean = a.channel_moments + row * 2 * a.channels + start;
-    double* __restrict spread = mean + a.channels;
-    for (int64_t c = 0; c < channels; ++c) mean[c] = spread[c] = 0.0;
-    for (int64_t pixel = 0, block = 0; pixel < a.pixels; pixel += BLOCK, ++block) {
-        const double before = static_cast<double>(pixel);
-        const double count = static_cast<double>(a.pixels - pixel < BLOCK ? a.pixels - pixel : BLOCK);
-        const double share = count / (before + count), weight = before * share, reciprocal = 1.0 / count;
-        const float* centre = a.block_moments + (row * a.blocks(a.pixels) + block) * 3 * a.channels + start;
-        const float *first = centre + a.channels, *second = first + a.channels;
-        for (int64_t c = 0; c < channels; ++c) {
-            const double offset = first[c] * reciprocal, delta = centre[c] + offset - mean[c];
-            mean[c] += delta * share;
-            spread[c] += second[c] - offset * first[c] + delta * delta * weight;
-        }
-    }
-}
+constexpr int64_t BLOCK = 64;  // pixels of a task
 
 // Merges the channels of a group and writes each one's (mean, scale, bias): result = (x - mean) scale + bias.
 void group_coefficients(const GroupNormSilu& a, int64_t row, int64_t group) {
     const int64_t size = a.channels / a.groups, start = group * size;
-    const double* mean = a.channel_moments + row * 2 * a.channels + start;
-    const double* spread = mean + a.channels;
+    const double* mean = a.moments + row * 2 * a.channels + start;
+    const double* variance = mean + a.channels;
     const float* row_bias = a.row_bias ? a.row_bias + row * a.channels + start : nullptr;
-    const double pixels = static_cast<double>(a.pixels);
-    double group_mean = 0.0, group_spread = 0.0;
+    double group_mean = 0.0, group_variance = 0.0;
+    for (int64_t c = 0; c < size; ++c) group_mean += mean[c] + (row_bias ? row_bias[c] : 0.0f);
+    group_mean /= static_cast<double>(size);
     for (int64_t c = 0; c < size; ++c) {
-        const double share = 1.0 / static_cast<double>(c + 1);
         const double delta = mean[c] + (row_bias ? row_bias[c] : 0.0f) - group_mean;
-        group_mean += delta * share;
-        group_spread += spread[c] + delta * delta * pixels * static_cast<double>(c) * share;
+        group_variance += variance[c] + delta * delta;
     }
-    const double rstd = 1.0 / __builtin_sqrt(group_spread / (pixels * static_cast<double>(size)) + a.eps);
+    const double rstd = 1.0 / __builtin_sqrt(group_variance / static_cast<double>(size) + a.eps);
     float* to = a.coefficients + row * 3 * a.channels + start;
     for (int64_t c = 0; c < size; ++c) {
         to[c] = static_cast<float>(group_mean - (row_bias ? row_bias[c] : 0.0f));
@@ -95,37 +33,54 @@ void group_coefficients(const GroupNormSilu& a, int64_t row, int64_t group) {
     }
 }
 
-template <bool SILU, typename E>
-void normalise(const GroupNormSilu& a, int64_t row, int64_t block) {
-    const int64_t start = block * BLOCK, end = start + BLOCK < a.pixels ? start + BLOCK : a.pixels;
-    const float* mean = a.coefficients + row * 3 * a.channels;
+// P pixels, which share the coefficients read.
+template <int P, bool SILU, typename E>
+FASTLDM_INLINE void pixels_of(const GroupNormSilu& a, const E* x, E* to, const float* mean) {
     const float *scale = mean + a.channels, *bias = scale + a.channels;
-    for (int64_t pixel = start; pixel < end; ++pixel) {
-        const E* x = static_cast<const E*>(a.x) + (row * a.pixels + pixel) * a.channels;
-        E* to = static_cast<E*>(a.result) + (row * a.pixels + pixel) * a.channels;
-        const auto result = [&](int64_t c, auto... part) __attribute__((always_inline)) {
-            const Floats centred = load(x + c, part...) - load(mean + c, part...);
-            const Floats y = centred * load(scale + c, part...) + load(bias + c, part...);
-            return SILU ? silu<E>(y) : y;
-        };
-        int64_t c = 0;
-        for (; c + 2 * LANES <= a.channels; c += 2 * LANES) store(to + c, result(c), result(c + LANES));
-        for (; c < a.channels; c += LANES) {
-            const int left = a.channels - c < LANES ? static_cast<int>(a.channels - c) : LANES;
-            store(to + c, 1, left, result(c, 1, left));
+    const auto result = [](Floats x, Floats mean, Floats scale, Floats bias) __attribute__((always_inline)) {
+        const Floats y = (x - mean) * scale + bias;
+        return SILU ? silu<E>(y) : y;
+    };
+    int64_t c = 0;
+    for (; c + 2 * LANES <= a.channels; c += 2 * LANES) {
+        const Floats means[] = {load(mean + c), load(mean + c + LANES)};
+        const Floats scales[] = {load(scale + c), load(scale + c + LANES)};
+        const Floats biases[] = {load(bias + c), load(bias + c + LANES)};
+        for (int p = 0; p < P; ++p) {
+            const E* from = x + p * a.channels + c;
+            __builtin_prefetch(from + P * a.channels);
+            if (sizeof(E) == 4) __builtin_prefetch(from + P * a.channels + LANES);
+            store(to + p * a.channels + c, result(load(from), means[0], scales[0], biases[0]),
+                  result(load(from + LANES), means[1], scales[1], biases[1]));
+        }
+    }
+    for (; c < a.channels; c += LANES) {
+        const int left = a.channels - c < LANES ? static_cast<int>(a.channels - c) : LANES;
+        const Floats means = load(mean + c, left), scales = load(scale + c, left), biases = load(bias + c, left);
+        for (int p = 0; p < P; ++p) {
+            const int64_t at = p * a.channels + c;
+            store(to + at, left, result(load(x + at, left), means, scales, biases));
         }
     }
 }
 
+template <bool SILU, typename E>
+void normalise(const GroupNormSilu& a, int64_t row, int64_t block) {
+    const int64_t start = block * BLOCK, end = start + BLOCK < a.pixels ? start + BLOCK : a.pixels;
+    const float* coefficients = a.coefficients + row * 3 * a.channels;
+    const E* x = static_cast<const E*>(a.x) + row * a.pixels * a.channels;
+    E* to = static_cast<E*>(a.result) + row * a.pixels * a.channels;
+    int64_t pixel = start;
+    for (; pixel + 2 <= end; pixel += 2)
+        pixels_of<2, SILU>(a, x + pixel * a.channels, to + pixel * a.channels, coefficients);
+    if (pixel < end) pixels_of<1, SILU>(a, x + pixel * a.channels, to + pixel * a.channels, coefficients);
+}
+
 template <typename E>
 void run(const GroupNormSilu& a) {
-    const int64_t blocks = a.blocks(a.pixels), chunks = (a.channels + CHUNK - 1) / CHUNK;
+    const int64_t blocks = (a.pixels + BLOCK - 1) / BLOCK;
 #pragma omp parallel num_threads(a.threads)
     {
-#pragma omp for schedule(static)
-        for (int64_t task = 0; task < a.rows * blocks; ++task) block_moments<E>(a, task / blocks, task % blocks);
-#pragma omp for schedule(static)
-        for (int64_t task = 0; task < a.rows * chunks; ++task) channel_moments(a, task / chunks, task % chunks);
 #pragma omp for schedule(static)
         for (int64_t task = 0; task < a.rows * a.groups; ++task)
             group_coefficients(a, task / a.groups, task % a.groups);

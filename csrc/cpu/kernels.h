@@ -7,26 +7,35 @@ namespace fastldm {
 
 enum class Type : int { float32, bfloat16 };
 
-// silu(group_norm(x + row_bias)) of dense channels-last rows [rows, pixels, channels].
-struct GroupNormSilu {
+// Mean and variance of every channel over the pixels of dense channels-last rows [rows, pixels, channels].
+struct ChannelMoments {
     const void* x;
-    void* result;
-    const float* weight;      // [channels]
-    const float* bias;        // [channels]
-    const float* row_bias;    // [rows, channels], or null
-    float* block_moments;     // scratch [rows, blocks(pixels), 3, channels]
-    double* channel_moments;  // scratch [rows, 2, channels]
-    float* coefficients;      // scratch [rows, 3, channels]
-    int64_t rows, pixels, channels, groups;
-    double eps;
-    bool silu;
+    double* moments;  // [rows, 2, channels]
+    float* blocks;    // scratch [rows, blocks_of(pixels), 3, channels]
+    int64_t rows, pixels, channels;
     Type type;
     int threads;
 
     // Moments are taken over fixed blocks of pixels, whatever the number of threads, and merged in order: the result
     // does not depend on the threads.
     static constexpr int64_t BLOCK = 64;
-    static int64_t blocks(int64_t pixels) { return (pixels + BLOCK - 1) / BLOCK; }
+    static int64_t blocks_of(int64_t pixels) { return (pixels + BLOCK - 1) / BLOCK; }
+};
+
+// silu(group_norm(x + row_bias)) of dense channels-last rows [rows, pixels, channels].
+struct GroupNormSilu {
+    const void* x;
+    void* result;
+    const double* moments;  // [rows, 2, channels]: mean and variance of x
+    const float* weight;    // [channels]
+    const float* bias;      // [channels]
+    const float* row_bias;  // [rows, channels], or null
+    float* coefficients;    // scratch [rows, 3, channels]
+    int64_t rows, pixels, channels, groups;
+    double eps;
+    bool silu;
+    Type type;
+    int threads;
 };
 
 // One tensor of a guided step: where it starts, and how many elements lie between slots, channels and pixels.
@@ -105,14 +114,15 @@ struct Attention {
     int64_t packed_size() const { return (keys + 15) / 16 * 16 * head_dim * 2; }
 };
 
-#define FASTLDM_DECLARE(isa)                    \
-    namespace isa {                             \
-    void attention(const Attention&);           \
-    void group_norm_silu(const GroupNormSilu&); \
-    void guided_step(const GuidedStep&);        \
-    void interleave(const Interleave&);         \
-    void geglu(const Geglu&);                   \
-    void layer_norm(const LayerNorm&);          \
+#define FASTLDM_DECLARE(isa)                     \
+    namespace isa {                              \
+    void attention(const Attention&);            \
+    void channel_moments(const ChannelMoments&); \
+    void group_norm_silu(const GroupNormSilu&);  \
+    void guided_step(const GuidedStep&);         \
+    void interleave(const Interleave&);          \
+    void geglu(const Geglu&);                    \
+    void layer_norm(const LayerNorm&);           \
     }
 
 FASTLDM_DECLARE(plain)

@@ -32,7 +32,7 @@ FASTLDM_INLINE void over_row(int64_t channels, Each each) {
     for (; c + 4 * LANES <= channels; c += 4 * LANES)
         for (int v = 0; v < 4; ++v) each(c + v * LANES, v);
     for (; c + LANES <= channels; c += LANES) each(c, 0);
-    if (c < channels) each(c, 0, 1, static_cast<int>(channels - c));
+    if (c < channels) each(c, 0, static_cast<int>(channels - c));
 }
 
 template <typename E, typename A>

@@ -43,6 +43,14 @@ FASTLDM_INLINE __m256i truncate(Words low, Words high) {  // words < 2^16
 FASTLDM_INLINE Halves truncate(Words words) {
     return reinterpret_cast<Halves>(_mm256_castsi256_si128(truncate(words, words)));
 }
+#elif defined(__AVX512F__)
+// As poorly made by GCC 12.
+FASTLDM_INLINE Words extend(Halves halves) {
+    return reinterpret_cast<Words>(_mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(halves)));
+}
+FASTLDM_INLINE Halves truncate(Words words) {
+    return reinterpret_cast<Halves>(_mm512_cvtepi32_epi16(reinterpret_cast<__m512i>(words)));
+}
 #else
 FASTLDM_INLINE Words extend(Halves halves) { return __builtin_convertvector(halves, Words); }
 FASTLDM_INLINE Halves truncate(Words words) { return __builtin_convertvector(words, Halves); }
@@ -71,8 +79,16 @@ FASTLDM_INLINE Floats load(const bfloat16* from) {
 
 FASTLDM_INLINE void store(float* to, Floats values) { std::memcpy(to, &values, sizeof values); }
 
+FASTLDM_INLINE Halves narrow(Floats values) {
+#ifdef __AVX512BF16__  // rounds alike, but for numbers below 1.2e-38, which become 0
+    return reinterpret_cast<Halves>(_mm512_cvtneps_pbh(values));
+#else
+    return truncate(rounded(values));
+#endif
+}
+
 FASTLDM_INLINE void store(bfloat16* to, Floats values) {
-    const Halves halves = truncate(rounded(values));
+    const Halves halves = narrow(values);
     std::memcpy(to, &halves, sizeof halves);
 }
 
@@ -86,6 +102,11 @@ FASTLDM_INLINE void store(T* to, Floats low, Floats high) {
 #if FASTLDM_LANES == 8 && defined(__AVX2__)
 FASTLDM_INLINE void store(bfloat16* to, Floats low, Floats high) {
     const __m256i halves = truncate(rounded(low), rounded(high));
+    std::memcpy(to, &halves, sizeof halves);
+}
+#elif defined(__AVX512BF16__)
+FASTLDM_INLINE void store(bfloat16* to, Floats low, Floats high) {
+    const __m512bh halves = _mm512_cvtne2ps_pbh(high, low);
     std::memcpy(to, &halves, sizeof halves);
 }
 #endif
@@ -120,7 +141,7 @@ FASTLDM_INLINE void store(float* to, int count, Floats values) {
     _mm512_mask_storeu_ps(to, static_cast<__mmask16>(first_lanes(count)), values);
 }
 FASTLDM_INLINE void store(bfloat16* to, int count, Floats values) {
-    const Halves halves = truncate(rounded(values));
+    const Halves halves = narrow(values);
     _mm256_mask_storeu_epi16(to, static_cast<__mmask16>(first_lanes(count)), reinterpret_cast<__m256i>(halves));
 }
 #else
@@ -197,13 +218,22 @@ FASTLDM_INLINE Floats exp_in_range(Floats z) {
     return reinterpret_cast<Floats>(reinterpret_cast<Ints>(p) + (reinterpret_cast<Ints>(shifted) << 23));
 }
 
+// a / b, to be stored as E, for a finite b >= 1. For bfloat16, AVX-512's reciprocal to 14 bits is enough.
+template <typename E>
+FASTLDM_INLINE Floats quotient(Floats a, Floats b) {
+#ifdef __AVX512F__
+    if (sizeof(E) == 2) return a * Floats(_mm512_rcp14_ps(b));
+#endif
+    return a / b;
+}
+
 // x / (1 + exp(-x)), to be stored as E; -0 below -87, where the value is under 2e-36.
 template <typename E>
 FASTLDM_INLINE Floats silu(Floats x) {
     // Above 87, exp(-x) no longer counts. As integers, floats compare like floats as long as one is positive.
     const Ints bits = reinterpret_cast<Ints>(x), most = reinterpret_cast<Ints>(splat(87.0f));
     const Floats bounded = reinterpret_cast<Floats>(bits < most ? bits : most);
-    const Floats value = x / (1.0f + exp_in_range<E>(-bounded));
+    const Floats value = quotient<E>(x, 1.0f + exp_in_range<E>(-bounded));
     return x < splat(-87.0f) ? x * 0.0f : value;
 }
 

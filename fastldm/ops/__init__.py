@@ -4,7 +4,7 @@ stand-ins.
 
 from fastldm.ops.attention import attention
 from fastldm.ops.linear import conv2d, geglu, linear
-from fastldm.ops.norm import group_norm_silu, layer_norm
+from fastldm.ops.norm import channel_moments, group_norm_silu, layer_norm
 from fastldm.ops.registry import AUTOMATIC, OPS, Op, missing, op, resolve, use_backends
 from fastldm.ops.resample import upsample_conv
 from fastldm.ops.sampling import guided_step
@@ -14,6 +14,7 @@ __all__ = [
     "OPS",
     "Op",
     "attention",
+    "channel_moments",
     "conv2d",
     "geglu",
     "group_norm_silu",

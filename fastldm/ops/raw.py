@@ -31,6 +31,7 @@ def refuses_group_norm_silu(
     bias: Tensor,
     groups: int,
     row_bias: Tensor | None,
+    moments: Tensor | None = None,
 ) -> str | None:
     """Why a kernel on dense channels-last memory cannot take the call, or None."""
     if x.device.type != device:
@@ -59,7 +60,14 @@ def refuses_group_norm_silu(
             return "row_bias has neither x's dtype nor float32"
         if row_bias.shape != x.shape[:2] or row_bias.stride(1) != 1:
             return "row_bias is not [N, C] with neighbouring channels"
-    if records(x, weight, bias, row_bias):
+    if moments is not None and (
+        moments.device != x.device
+        or moments.dtype != torch.float32
+        or moments.shape != (x.shape[0], 2, channels)
+        or not moments.is_contiguous()
+    ):
+        return "moments is not a contiguous float32 [N, 2, C] where x is"
+    if records(x, weight, bias, row_bias, moments):
         return "autograd records the call"
     return None
 

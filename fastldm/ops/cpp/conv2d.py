@@ -1,7 +1,8 @@
 """conv2d on the CPU: torch's oneDNN convolution with the weight packed once and the residual in its epilogue.
 
 Called plainly, oneDNN puts the weight in its own order at each call. That is as much work as a few hundred
-pixels of the convolution, so that packing pays for small maps: measured in docs/performance.md.
+pixels of the convolution, so that packing pays for small maps: measured in docs/performance.md. A 1×1
+convolution is the product of `linear`, whose pack serves maps of any size; the convolution's own does not.
 """
 
 from __future__ import annotations
@@ -11,17 +12,12 @@ from torch import Tensor
 
 from fastldm.ops.cpp import onednn
 from fastldm.ops.cpp.extension import TYPES
+from fastldm.ops.cpp.linear import gains_nothing
 from fastldm.ops.cpp.packed import packed, unpackable
 from fastldm.ops.linear import conv2d
 from fastldm.ops.raw import records
 
-# Of the result, over all its maps; the second for weights that no cache holds, LARGE numbers or more.
-MOST_PIXELS, MOST_PIXELS_LARGE, LARGE = 256, 512, 1 << 20
-
-
-def most_pixels(weight: Tensor) -> int:
-    """Of a result, up to which the weight is packed."""
-    return MOST_PIXELS if weight.numel() < LARGE else MOST_PIXELS_LARGE
+MOST_PIXELS = 512  # of the result, over all its maps
 
 
 def _refuses_conv2d(
@@ -40,15 +36,19 @@ def _refuses_conv2d(
         return "x is not [N, C, H, W], or weight not [K, C, h, w]"
     rows, _, height, width = x.shape
     outputs, _, *window = weight.shape
-    if window[0] * window[1] == 1:
-        return "a 1×1 convolution gains nothing from a packed weight"
     shape = (
         rows,
         outputs,
         *((n + 2 * padding - w) // stride + 1 for n, w in zip((height, width), window, strict=True)),
     )
     pixels = rows * shape[2] * shape[3]
-    if pixels > most_pixels(weight):
+    product = _is_product(weight, stride, padding)
+    if not product and window == [1, 1]:
+        return "a 1×1 convolution with stride or padding is no product"
+    if product and weight.dtype == torch.float32:
+        if why := gains_nothing(weight):
+            return why
+    elif pixels > MOST_PIXELS:
         return f"{pixels} pixels gain nothing from a packed weight"
     if x.dtype not in TYPES or weight.dtype != x.dtype or (bias is not None and bias.dtype != x.dtype):
         return "x, weight and bias are not all float32 or all bfloat16"
@@ -78,5 +78,13 @@ def _run_conv2d(
     padding: int = 0,
     residual: Tensor | None = None,
 ) -> Tensor:
-    pack = packed(weight, onednn.pack_convolution, stride, padding, x.shape)
-    return onednn.convolve(x, pack, bias, stride, padding, residual)
+    if not _is_product(weight, stride, padding):
+        pack = packed(weight, onednn.pack_convolution, stride, padding, x.shape)
+        return onednn.convolve(x, pack, bias, stride, padding, residual)
+    added = None if residual is None else residual.permute(0, 2, 3, 1)
+    result = onednn.multiply(x.permute(0, 2, 3, 1), packed(weight, onednn.pack_matrix), bias, added)
+    return result.permute(0, 3, 1, 2)
+
+
+def _is_product(weight: Tensor, stride: int, padding: int) -> bool:
+    return weight.shape[2] == weight.shape[3] == stride == 1 and padding == 0

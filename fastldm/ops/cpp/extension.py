@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 import torch  # before _C, which then shares torch's OpenMP runtime
+from torch import Tensor
 
 from fastldm.errors import BackendUnavailable, InvalidArgument
 
@@ -16,7 +17,7 @@ except ImportError as error:
         "`FASTLDM_BUILD=1 pip install` fastldm again, or read there why it does not build"
     ) from error
 
-__all__ = ["INSTRUCTION_SETS", "ISA", "TAGS", "TYPES", "_C", "choose_isa", "library"]
+__all__ = ["INSTRUCTION_SETS", "ISA", "TAGS", "TYPES", "_C", "choose_isa", "library", "unwritten"]
 
 INSTRUCTION_SETS = ("plain", "avx2", "avx512", "avx512_bf16")
 TYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
@@ -33,6 +34,18 @@ def choose_isa(cap: str | None) -> str:
 
 
 ISA = choose_isa(os.environ.get("FASTLDM_CPU_ISA") or None)
+
+# glibc takes memory of this size from the system at each call, and the system hands it out as it is written: in
+# pages of 4 KiB that is several times a kernel's own work.
+MAPPED = 32 << 20
+
+
+def unwritten(result: Tensor) -> Tensor:
+    """The tensor, just allocated; if it is large, the system is asked for huge pages."""
+    if result.nbytes >= MAPPED:
+        _C.prefer_huge_pages(result.data_ptr(), result.nbytes)
+    return result
+
 
 library = torch.library.Library("fastldm", "FRAGMENT")
 TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)

@@ -1,4 +1,4 @@
-"""geglu on the CPU: the product by PyTorch, the gate in one pass over what it gives."""
+"""geglu on the CPU: the product by oneDNN or PyTorch, strip by strip, and the gate while a strip is in cache."""
 
 from __future__ import annotations
 
@@ -6,10 +6,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastldm.ops.cpp import extension
-from fastldm.ops.cpp.extension import _C, TAGS, TYPES, library
+from fastldm.ops.cpp import extension, onednn
+from fastldm.ops.cpp.extension import _C, TAGS, TYPES, library, unwritten
+from fastldm.ops.cpp.linear import refuses_linear
+from fastldm.ops.cpp.packed import packed
 from fastldm.ops.linear import geglu
 from fastldm.ops.raw import records
+
+STRIP = 4 << 20  # bytes of the product, for each thread, on which the gate follows: half of them stay in cache
 
 library.define("cpp_geglu_gate(Tensor x) -> Tensor", tags=TAGS)
 
@@ -18,6 +22,11 @@ library.define("cpp_geglu_gate(Tensor x) -> Tensor", tags=TAGS)
 def gate(x: Tensor) -> Tensor:
     """h · gelu(g) for dense x = [h, g] along the last axis."""
     result = _shape_gate(x)
+    _gate_into(result, x)
+    return result
+
+
+def _gate_into(result: Tensor, x: Tensor) -> None:
     channels = result.shape[-1]
     _C.geglu(
         extension.ISA,
@@ -28,7 +37,6 @@ def gate(x: Tensor) -> Tensor:
         channels,
         torch.get_num_threads(),
     )
-    return result
 
 
 @torch.library.impl(library, "cpp_geglu_gate", "Meta")
@@ -50,7 +58,19 @@ def _refuses_geglu(x: Tensor, weight: Tensor, bias: Tensor) -> str | None:
 
 @geglu.register("cpp", _refuses_geglu)
 def _run_geglu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    both = F.linear(x, weight, bias).contiguous()
     if torch.compiler.is_compiling():
-        return torch.ops.fastldm.cpp_geglu_gate.default(both)
-    return gate(both)  # past the dispatcher, which costs more than a small gate
+        return torch.ops.fastldm.cpp_geglu_gate.default(F.linear(x, weight, bias).contiguous())
+    pack = None if refuses_linear(x, weight, bias) else packed(weight, onednn.pack_matrix)
+
+    def product(x: Tensor) -> Tensor:
+        return F.linear(x, weight, bias) if pack is None else onednn.multiply(x, pack, bias)
+
+    outputs, width = weight.shape
+    strip = max(1, STRIP * torch.get_num_threads() // (outputs * x.element_size()))
+    if x.numel() <= strip * width:
+        return gate(product(x).contiguous())
+    result = unwritten(x.new_empty((*x.shape[:-1], outputs // 2)))
+    parts = x.reshape(-1, width).split(strip), result.view(-1, outputs // 2).split(strip)
+    for part, gated in zip(*parts, strict=True):
+        _gate_into(gated, product(part))
+    return result

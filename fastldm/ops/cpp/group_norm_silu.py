@@ -1,4 +1,4 @@
-"""group_norm_silu on the CPU: channels-last, one pass for the moments and one for the result."""
+"""group_norm_silu on the CPU: channels-last, one pass for the moments, unless given, and one for the result."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import torch
 from torch import Tensor
 
 from fastldm.ops.cpp import extension
-from fastldm.ops.cpp.extension import _C, TAGS, TYPES, library
-from fastldm.ops.norm import group_norm_silu
-from fastldm.ops.raw import refuses_group_norm_silu
+from fastldm.ops.cpp.extension import _C, TAGS, TYPES, library, unwritten
+from fastldm.ops.norm import channel_moments, group_norm_silu
+from fastldm.ops.raw import named, records, refuses_group_norm_silu
 
 library.define(
     "cpp_group_norm_silu(Tensor x, Tensor weight, Tensor bias, int groups, float eps=1e-5, bool silu=True,"
-    " Tensor? row_bias=None) -> Tensor",
+    " Tensor? row_bias=None, Tensor? moments=None) -> Tensor",
     tags=TAGS,
 )
 
@@ -26,8 +26,9 @@ def _run(
     eps: float = 1e-5,
     silu: bool = True,
     row_bias: Tensor | None = None,
+    moments: Tensor | None = None,
 ) -> Tensor:
-    result = torch.empty_like(x)
+    result = unwritten(torch.empty_like(x))
     rows, channels, height, width = x.shape
     _C.group_norm_silu(
         extension.ISA,
@@ -44,6 +45,7 @@ def _run(
         groups,
         eps,
         silu,
+        0 if moments is None else moments.data_ptr(),
         torch.get_num_threads(),
     )
     return result
@@ -62,8 +64,38 @@ def _refuses(
     eps: float = 1e-5,
     silu: bool = True,
     row_bias: Tensor | None = None,
+    moments: Tensor | None = None,
 ) -> str | None:
-    return refuses_group_norm_silu("cpu", TYPES, x, weight, bias, groups, row_bias)
+    return refuses_group_norm_silu("cpu", TYPES, x, weight, bias, groups, row_bias, moments)
 
 
 group_norm_silu.register("cpp", _refuses)(torch.ops.fastldm.cpp_group_norm_silu.default)
+
+library.define("cpp_channel_moments(Tensor x) -> Tensor", tags=TAGS)
+
+
+@torch.library.impl(library, "cpp_channel_moments", "CPU")
+def _run_moments(x: Tensor) -> Tensor:
+    result = _shape_moments(x)
+    rows, channels, height, width = x.shape
+    where = extension.ISA, result.data_ptr(), x.data_ptr(), TYPES[x.dtype]
+    _C.channel_moments(*where, rows, height * width, channels, torch.get_num_threads())
+    return result
+
+
+@torch.library.impl(library, "cpp_channel_moments", "Meta")
+def _shape_moments(x: Tensor) -> Tensor:
+    return torch.empty((x.shape[0], 2, x.shape[1]), dtype=torch.float32, device=x.device)
+
+
+def _refuses_moments(x: Tensor) -> str | None:
+    if not x.is_cpu:
+        return "x is not on the CPU"
+    if x.dtype not in TYPES:
+        return f"x is {x.dtype}, not {named(TYPES)}"
+    if x.dim() != 4 or x.numel() == 0 or not x.is_contiguous(memory_format=torch.channels_last):
+        return "x is not [N, C, H, W] in channels-last memory"
+    return "autograd records the call" if records(x) else None
+
+
+channel_moments.register("cpp", _refuses_moments)(torch.ops.fastldm.cpp_channel_moments.default)

@@ -1,8 +1,9 @@
-"""Convolutions by torch's own oneDNN operators, on weights that were packed beforehand."""
+"""Products and convolutions by torch's own oneDNN operators, on weights that were packed beforehand."""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -18,25 +19,50 @@ def missing(dtype: torch.dtype) -> str | None:
         return torch.randn(shape, generator=generator).to(dtype)
 
     x, weight, bias, residual = normal(1, 16, 5, 6), normal(24, 16, 3, 3), normal(24), normal(1, 24, 5, 6)
-    try:
+    tokens, matrix, added = normal(5, 16), normal(24, 16), normal(5, 24)
+
+    def convolutions() -> list[Tensor]:
         pack = pack_convolution(weight, 1, 1, x.shape)
-        made = [convolve(x, pack, bias, 1, 1), convolve(x, pack, bias, 1, 1, residual)]
+        return [convolve(x, pack, bias, 1, 1), convolve(x, pack, bias, 1, 1, residual)]
+
+    def products() -> list[Tensor]:
+        pack = pack_matrix(matrix)
+        return [multiply(tokens, pack, bias), multiply(tokens, pack, bias, added)]
+
+    convolved, multiplied = F.conv2d(x, weight, bias, 1, 1), F.linear(tokens, matrix, bias)
+    return _fault(dtype, convolutions, [convolved, convolved + residual]) or _fault(
+        dtype, products, [multiplied, multiplied + added]
+    )
+
+
+def _fault(dtype: torch.dtype, make: Callable[[], list[Tensor]], expected: list[Tensor]) -> str | None:
+    try:
+        made = make()
     except (
         AttributeError,
         RuntimeError,
         TypeError,
     ) as error:  # another torch: no such operator, or another one
         return f"torch's oneDNN operators on packed weights do not serve {dtype} here ({error})"
-    expected = F.conv2d(x, weight, bias, 1, 1)
-    if not torch.allclose(
-        torch.stack(made), torch.stack((expected, expected + residual)), rtol=0.02, atol=0.1
-    ):
+    if not torch.allclose(torch.stack(made), torch.stack(expected), rtol=0.02, atol=0.1):
         return f"torch's oneDNN operators on packed weights give wrong results in {dtype}"
     return None
 
 
+def pack_matrix(weight: Tensor) -> Tensor:
+    """The weight [K, C] or [K, C, 1, 1] in oneDNN's order for `multiply`, as good for few rows as for many."""
+    return torch.ops.mkldnn._reorder_linear_weight(weight.detach().flatten(1), None)
+
+
+def multiply(x: Tensor, pack: Tensor, bias: Tensor | None, residual: Tensor | None = None) -> Tensor:
+    """F.linear(x, weight, bias) + residual with the weight packed."""
+    if residual is None:
+        return torch.ops.mkldnn._linear_pointwise.default(x, pack, bias, "none", [], "")
+    return torch.ops.mkldnn._linear_pointwise.binary(x, residual, pack, bias, "add")
+
+
 def pack_convolution(weight: Tensor, stride: int, padding: int, input_shape: torch.Size) -> Tensor:
-    """The weight in oneDNN's order for such a call; other shapes stay correct."""
+    """The weight in oneDNN's order for such a call; other shapes stay correct, and fast unless 1×1."""
     return torch.ops.mkldnn._reorder_convolution_weight(
         weight.detach(), [padding] * 2, [stride] * 2, [1, 1], 1, input_shape
     )

@@ -7,15 +7,19 @@ input pixel and pair of channels in place of 36.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fastldm.ops.cpp import extension, onednn
-from fastldm.ops.cpp.extension import _C, TAGS, TYPES, library
+from fastldm.ops.cpp.extension import _C, TAGS, TYPES, library, unwritten
 from fastldm.ops.cpp.packed import packed, unpackable
 from fastldm.ops.raw import records
 from fastldm.ops.resample import upsample_conv
+
+STRIP = 8 << 20  # bytes of the four maps, for each thread, before they are woven: half of them stay in cache
 
 library.define("cpp_upsample_conv(Tensor x, Tensor weight, Tensor bias) -> Tensor", tags=TAGS)
 
@@ -44,26 +48,38 @@ def _prepare(weight: Tensor, window: torch.Size) -> list[Tensor]:
 
 @torch.library.impl(library, "cpp_upsample_conv", "CPU")
 def _run_upsample_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    rows, _, height, width = x.shape
-    padded = F.pad(x, (1, 1, 1, 1))
-    windows = [padded[:, :, a : a + height + 1, b : b + width + 1] for a in (0, 1) for b in (0, 1)]
-    phases = packed(weight, _prepare, windows[0].shape)
+    rows, channels, height, width = x.shape
+    phases = packed(weight, _prepare, (rows, channels, height + 1, width + 1))
     convolve = F.conv2d if onednn.missing(x.dtype) else onednn.convolve
-    maps = [
-        convolve(window, phase, bias, 1, 0).contiguous(memory_format=torch.channels_last)
-        for window, phase in zip(windows, phases, strict=True)
-    ]
-    result = _shape_upsample_conv(x, weight)
-    _C.interleave(
-        extension.ISA,
-        result.data_ptr(),
-        [each.data_ptr() for each in maps],
-        rows * height,
-        width,
-        weight.shape[0] * x.element_size(),
-        torch.get_num_threads(),
-    )
+    result = unwritten(_shape_upsample_conv(x, weight))
+    line = width * weight.shape[0] * x.element_size()  # bytes of a line of one phase
+    lines = max(1, STRIP * torch.get_num_threads() // (4 * rows * line))
+    for top in range(0, height, lines):
+        bottom = min(top + lines, height)
+        maps = [
+            convolve(window, phase, bias, 1, 0).contiguous(memory_format=torch.channels_last)
+            for window, phase in zip(_windows(x, top, bottom), phases, strict=True)
+        ]
+        for row in range(rows):
+            _C.interleave(
+                extension.ISA,
+                result[row, :, 2 * top].data_ptr(),
+                [each[row].data_ptr() for each in maps],
+                bottom - top,
+                width,
+                line // width,
+                torch.get_num_threads(),
+            )
     return result
+
+
+def _windows(x: Tensor, top: int, bottom: int) -> Iterator[Tensor]:
+    """What the phases see of x where they make the lines from top to bottom, zeros around it."""
+    for down in (0, 1):
+        first, last = top - 1 + down, bottom + down
+        lines = x[:, :, max(first, 0) : last]
+        for right in (0, 1):
+            yield F.pad(lines, (1 - right, right, int(first < 0), int(last > x.shape[2])))
 
 
 @torch.library.impl(library, "cpp_upsample_conv", "Meta")

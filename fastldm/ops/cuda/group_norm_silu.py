@@ -70,7 +70,7 @@ def _plan(x: Tensor, groups: int) -> tuple[int, int] | None:
 
 library.define(
     "cuda_group_norm_silu(Tensor x, Tensor weight, Tensor bias, int groups, float eps=1e-5, bool silu=True,"
-    " Tensor? row_bias=None) -> Tensor",
+    " Tensor? row_bias=None, Tensor? moments=None) -> Tensor",
     tags=TAGS,
 )
 
@@ -84,6 +84,7 @@ def _run(
     eps: float = 1e-5,
     silu: bool = True,
     row_bias: Tensor | None = None,
+    moments: Tensor | None = None,
 ) -> Tensor:
     found = _plan(x, groups)
     assert found is not None  # asked before
@@ -123,7 +124,10 @@ def _refuses(
     eps: float = 1e-5,
     silu: bool = True,
     row_bias: Tensor | None = None,
+    moments: Tensor | None = None,
 ) -> str | None:
+    if moments is not None:
+        return "the kernel takes its own moments"
     why = refuses_group_norm_silu("cuda", TYPES, x, weight, bias, groups, row_bias)
     if why is not None:
         return why
