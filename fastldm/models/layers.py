@@ -34,10 +34,16 @@ class LayerNorm(nn.LayerNorm):
 
 
 class GroupNorm(nn.GroupNorm):
-    """Group norm, with SiLU unless told otherwise, of x plus a bias for each row."""
+    """Group norm, with SiLU unless told otherwise, of x plus a bias for each row; `moments` are those of the
+    map of which x is a part.
+    """
 
-    def forward(self, x: Tensor, silu: bool = True, row_bias: Tensor | None = None) -> Tensor:
-        return ops.group_norm_silu(x, self.weight, self.bias, self.num_groups, self.eps, silu, row_bias)
+    def forward(
+        self, x: Tensor, silu: bool = True, row_bias: Tensor | None = None, moments: Tensor | None = None
+    ) -> Tensor:
+        return ops.group_norm_silu(
+            x, self.weight, self.bias, self.num_groups, self.eps, silu, row_bias, moments
+        )
 
 
 Network = TypeVar("Network", bound=nn.Module)

@@ -97,39 +97,26 @@ def _map_like(x: Tensor, channels: int, scale: int = 1) -> Tensor:
     return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
-def _affine(norm: GroupNorm, x: Tensor, rows: int) -> tuple[Tensor, Tensor]:
-    """Scale and shift [N, C, 1, 1], at least float32, such that group_norm(x) = scale · x + shift.
-
-    Mean and variance of each channel of each strip; then a group's variance is the mean of its parts' own and
-    of the squared distances of their means from its mean. (Chan, Golub & LeVeque 1979, STAN-CS-79-773)
+def _moments(x: Tensor, rows: int) -> Tensor:
+    """`ops.channel_moments` of x, merged from those of its strips: a variance is the mean of the strips' own
+    and of the squared distances of their means. (Chan, Golub & LeVeque 1979, STAN-CS-79-773)
     """
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    shares, means, variances = [], [], []
-    for top, bottom in _strips(x.shape[2], rows):
-        strip = x[:, :, top:bottom].to(dtype)
-        mean = strip.mean(dim=(2, 3), keepdim=True)
-        shares.append((bottom - top) / x.shape[2])
-        means.append(mean.flatten(1))
-        variances.append((strip - mean).square_().mean(dim=(2, 3)))  # a sixth of the time of torch.var_mean
-    share = torch.tensor(shares, dtype=dtype, device=x.device) * (norm.num_groups / norm.num_channels)
-    parts = torch.stack(means, dim=-1).unflatten(1, (norm.num_groups, -1))  # [N, groups, C / groups, strips]
-    mean = (parts * share).sum(dim=(2, 3), keepdim=True)
-    spread = torch.stack(variances, dim=-1).view_as(parts) + (parts - mean).square()
-    variance = (spread * share).sum(dim=(2, 3), keepdim=True)
-    weight, bias = (affine.view(norm.num_groups, -1, 1) for affine in (norm.weight, norm.bias))
-    scale = weight * (variance + norm.eps).rsqrt()
-    shift = bias - mean * scale
-    return scale.flatten(1)[:, :, None, None], shift.flatten(1)[:, :, None, None]
+    cuts = list(_strips(x.shape[2], rows))
+    parts = torch.stack([ops.channel_moments(x[:, :, top:bottom]) for top, bottom in cuts])
+    shares = parts.new_tensor([(bottom - top) / x.shape[2] for top, bottom in cuts])[:, None, None]
+    means, variances = parts.unbind(2)  # [strips, N, C]
+    mean = (means * shares).sum(0)
+    variance = ((variances + (means - mean).square()) * shares).sum(0)
+    return torch.stack((mean, variance), 1)
 
 
 def _convolve(conv: Conv2d, norm: GroupNorm, x: Tensor, rows: int, onto: Tensor | None = None) -> Tensor:
     """conv(silu(norm(x))) for a 3×3 convolution: a new map, or added to `onto` in place."""
-    scale, shift = _affine(norm, x, rows)
+    moments = _moments(x, rows)
     out = _map_like(x, conv.out_channels) if onto is None else onto
     height = x.shape[2]
     for top, bottom in _strips(height, rows):
-        strip = torch.addcmul(shift, x[:, :, max(top - 1, 0) : bottom + 1], scale)
-        strip = F.silu(strip, inplace=True).to(x.dtype)
+        strip = norm(x[:, :, max(top - 1, 0) : bottom + 1], moments=moments)
         strip = F.pad(strip, (1, 1, int(top == 0), int(bottom == height)))  # zeros round the map alone
         done = out[:, :, top:bottom]
         done.copy_(ops.conv2d(strip, conv.weight, conv.bias, residual=None if onto is None else done))

@@ -45,6 +45,7 @@ def a_step() -> tuple[torch.Tensor | None, ...]:
 
 CALLS: dict[str, Callable[[], Any]] = {
     "attention": lambda: ops.attention(*torch.randn(3, 2, 4, 64, 40), key_lengths=torch.tensor([64, 9])),
+    "channel_moments": lambda: ops.channel_moments(map_of(1, 8, 4, 4)),
     "geglu": lambda: ops.geglu(torch.randn(4, 8), torch.randn(16, 8), torch.randn(16)),
     "group_norm_silu": lambda: ops.group_norm_silu(map_of(1, 8, 4, 4), torch.ones(8), torch.zeros(8), 4),
     "guided_step": lambda: ops.guided_step(*a_step()),
@@ -54,10 +55,10 @@ CALLS: dict[str, Callable[[], Any]] = {
 
 
 @pytest.mark.parametrize(
-    "name", sorted({n for n, op in ops.OPS.items() if "cpp" in op.stand_ins} - {"conv2d"})
+    "name", sorted({n for n, op in ops.OPS.items() if "cpp" in op.stand_ins} - {"conv2d", "linear"})
 )
 def test_a_set_that_does_not_run_here_cannot_be_forced(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And so the choice reaches every kernel of ours; convolutions are oneDNN's."""
+    """And so the choice reaches every kernel of ours; convolutions and products are oneDNN's."""
     with ops.use_backends("cpp"):
         CALLS[name]()
         monkeypatch.setattr(cpp.extension, "ISA", "sse9")

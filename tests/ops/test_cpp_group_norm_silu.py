@@ -1,4 +1,4 @@
-"""ops.group_norm_silu on the C++ backend, on every instruction set that runs here."""
+"""ops.group_norm_silu and channel_moments on the C++ backend, on every instruction set that runs here."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastldm.errors import BackendUnavailable
-from fastldm.ops import group_norm_silu, use_backends
+from fastldm.ops import channel_moments, group_norm_silu, use_backends
 
 cpp = pytest.importorskip("fastldm.ops.cpp", exc_type=BackendUnavailable)
 
@@ -100,6 +100,46 @@ def test_errors_stay_within_those_of_pytorch(
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.usefixtures("poisoned")
+def test_moments_are_those_of_pytorch_and_serve_the_norm(
+    dtype: torch.dtype, error_rule: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The norm of the lower lines of a map by the moments of all of it, against the norm of all of it."""
+    rng, rules = random.Random(f"moments of {dtype}"), {isa: error_rule() for isa in ISAS}
+    eps = torch.finfo(torch.float32).eps
+    for index in range(200):
+        case = draw(rng, dtype)
+        x, slack, top = case["x"], conditioning(case), case["x"].shape[2] // 2
+        part = x[:, :, top:].contiguous(memory_format=torch.channels_last)
+        moments = channel_moments.reference(x.double())
+        # 64 float32 numbers are added one after the other, then all in float64.
+        bound = 32 * eps * slack * moments.abs().amax((0, 2))[:, None]
+        torchs, exact = plain(case)[:, :, top:], truth(case)[:, :, top:]
+        for isa, rule in rules.items():
+            monkeypatch.setattr(cpp.extension, "ISA", isa)
+            with use_backends("cpp"):
+                made = channel_moments(x)
+            assert ((made - moments).abs() <= bound).all(), (isa, index)
+            result = run({**case, "x": part, "moments": made})
+            rule.add(result.contiguous(), torchs.contiguous(), exact.contiguous(), slack, (isa, index))
+    for rule in rules.values():
+        rule.close(at_least=200)
+
+
+def test_the_reference_takes_moments_too() -> None:
+    """In float64, where rounding hides nothing: the moments of x give the norm of x."""
+    rng = random.Random(17)
+    for _ in range(20):
+        case = draw(rng, torch.float32)
+        case = {k: v.double() if isinstance(v, Tensor) else v for k, v in case.items()}
+        moments = channel_moments.reference(case["x"])
+        got, want = group_norm_silu.reference(**case, moments=moments), group_norm_silu.reference(**case)
+        torch.testing.assert_close(
+            got, want, rtol=0, atol=1e-11 * float(want.abs().max()) * conditioning(case)
+        )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_large_mean_costs_no_more_than_its_rounding(isa: str, dtype: torch.dtype) -> None:
     """Here E[x²] − E[x]² loses all digits of the variance, and the first pixel is a bad shift for a sum."""
     generator = torch.Generator().manual_seed(3)
@@ -153,7 +193,7 @@ def test_nothing_outside_the_tensors_is_read_or_written(isa: str) -> None:
             where = isa, result[pad:].data_ptr(), guarded[pad:].data_ptr(), cpp.TYPES[dtype]
             affine = weight.data_ptr(), bias.data_ptr(), "float32"
             sizes = rows, height * width, channels
-            cpp._C.group_norm_silu(*where, *sizes, *affine, None, case["groups"], 1e-5, True, 1)
+            cpp._C.group_norm_silu(*where, *sizes, *affine, None, case["groups"], 1e-5, True, 0, 1)
             assert (result[:pad] == 12345.0).all() and (result[-pad:] == 12345.0).all()
             assert result[pad:-pad].isfinite().all() and not (result[pad:-pad] == 12345.0).any()
 
@@ -195,6 +235,7 @@ def test_refused_calls_fall_back_or_say_why() -> None:
         "expanded rows": (x[:1].expand(3, -1, -1, -1), weight, bias, 4),
         "half": (x.half(), weight.half(), bias.half(), 4),
         "strided weight": (x, torch.randn(16)[::2], bias, 4),
+        "moments in float64": (x, weight, bias, 4, 1e-5, True, None, torch.ones(2, 2, 8).double()),
         "strided row bias": (x, weight, bias, 4, 1e-5, True, torch.randn(2, 16)[:, ::2]),
     }
     for why, arguments in refused.items():
@@ -228,10 +269,20 @@ def test_the_op_is_sound_for_torch_compile() -> None:
     torch.library.opcheck(kernel, arguments)
     compiled = torch.compile(lambda *given: kernel(*given) + 1, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(*arguments), kernel(*arguments) + 1)
+    torch.library.opcheck(torch.ops.fastldm.cpp_channel_moments.default, (x,))
+
+
+def test_refused_moments_fall_back_or_say_why() -> None:
+    x = torch.randn(2, 8, 6, 5)
+    for call in (x, x[:, :, ::2], x.half().to(memory_format=torch.channels_last)):
+        with use_backends("cpp"), pytest.raises(BackendUnavailable, match="channel_moments: cpp: "):
+            channel_moments(call)
+        with use_backends(("cpp", "reference")):
+            assert torch.equal(channel_moments(call), channel_moments.reference(call))
 
 
 def test_wrong_sizes_are_refused_before_memory_is_touched() -> None:
     with pytest.raises(ValueError, match="multiple of groups"):
-        cpp._C.group_norm_silu("plain", 0, 0, "float32", 1, 1, 5, 0, 0, "float32", None, 2, 1e-5, True, 1)
+        cpp._C.group_norm_silu("plain", 0, 0, "float32", 1, 1, 5, 0, 0, "float32", None, 2, 1e-5, True, 0, 1)
     with pytest.raises(ValueError, match="instruction set sse9"):
-        cpp._C.group_norm_silu("sse9", 0, 0, "float32", 1, 1, 1, 0, 0, "float32", None, 1, 1e-5, True, 1)
+        cpp._C.group_norm_silu("sse9", 0, 0, "float32", 1, 1, 1, 0, 0, "float32", None, 1, 1e-5, True, 0, 1)

@@ -76,6 +76,15 @@ def test_errors_stay_within_those_of_pytorch(
     rule.close(at_least=200)
 
 
+@pytest.mark.parametrize("lines", [1, 2, 4, 5])
+def test_strips_are_the_whole(lines: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight, bias = example(rows=3)
+    whole = run((x, weight, bias))
+    line_of_maps = 4 * x.shape[0] * x.shape[3] * weight.shape[0] * x.element_size()
+    monkeypatch.setattr(cpp.upsample_conv, "STRIP", lines * line_of_maps // torch.get_num_threads())
+    assert torch.allclose(run((x, weight, bias)), whole, atol=1e-5)
+
+
 def test_errors_of_many_channels_are_below_those_of_the_direct_convolution() -> None:
     """Fewer products and the weights rounded once: no worse than PyTorch in float32, by root mean square."""
     generator = torch.Generator().manual_seed(2)

@@ -35,8 +35,8 @@ def choose_isa(cap: str | None) -> str:
 
 ISA = choose_isa(os.environ.get("FASTLDM_CPU_ISA") or None)
 
-# glibc takes memory of this size from the system at each call, and the system hands it out as it is written: in
-# pages of 4 KiB that is several times a kernel's own work.
+# glibc takes memory of this size from the system at each call, which hands it out as it is written: in pages
+# of 4 KiB that is several times a kernel's own work.
 MAPPED = 32 << 20
 
 

@@ -1,4 +1,4 @@
-"""geglu on the CPU: the product by oneDNN or PyTorch, strip by strip, and the gate while a strip is in cache."""
+"""geglu on the CPU: the product by oneDNN or PyTorch, and the gate on it while it is in cache."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from fastldm.ops.cpp.packed import packed
 from fastldm.ops.linear import geglu
 from fastldm.ops.raw import records
 
-STRIP = 4 << 20  # bytes of the product, for each thread, on which the gate follows: half of them stay in cache
+STRIP = (
+    4 << 20
+)  # bytes of the product, for each thread, on which the gate follows: half of them stay in cache
 
 library.define("cpp_geglu_gate(Tensor x) -> Tensor", tags=TAGS)
 

@@ -1,4 +1,4 @@
-"""group_norm_silu on the CPU: channels-last, one pass for the moments, unless given, and one for the result."""
+"""group_norm_silu on the CPU: channels-last, one pass for the moments not given, and one for the result."""
 
 from __future__ import annotations
 

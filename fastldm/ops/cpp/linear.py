@@ -43,9 +43,7 @@ def refuses_linear(
     if outputs == 0 or (bias is not None and bias.shape != (outputs,)):
         return "weight is empty, or bias is not [K]"
     if residual is not None and (
-        residual.dtype != dtype
-        or residual.shape != (*x.shape[:-1], outputs)
-        or not residual.is_contiguous()
+        residual.dtype != dtype or residual.shape != (*x.shape[:-1], outputs) or not residual.is_contiguous()
     ):
         return "residual has not the result's shape and dtype in dense memory"
     if records(x, weight, bias, residual):

@@ -50,7 +50,7 @@ def _fault(dtype: torch.dtype, make: Callable[[], list[Tensor]], expected: list[
 
 
 def pack_matrix(weight: Tensor) -> Tensor:
-    """The weight [K, C] or [K, C, 1, 1] in oneDNN's order for `multiply`, as good for few rows as for many."""
+    """The weight [K, C] or [K, C, 1, 1] in oneDNN's order for `multiply` of few rows or many."""
     return torch.ops.mkldnn._reorder_linear_weight(weight.detach().flatten(1), None)
 
 
