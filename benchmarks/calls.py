@@ -59,10 +59,10 @@ def copy(moved: int) -> Callable[[], None]:
     return run
 
 
-def product(operations: int) -> Callable[[], None]:
-    """What the processor allows: as many operations in a product of float32 matrices."""
+def product(operations: int, dtype: torch.dtype) -> Callable[[], None]:
+    """What the processor allows: as many operations in a product of matrices of this dtype."""
     side = round((operations / 2) ** (1 / 3))
-    left, right, result = torch.randn(3, side, side)
+    left, right, result = torch.randn(3, side, side).to(dtype)
 
     def run() -> None:
         torch.matmul(left, right, out=result)
@@ -83,6 +83,11 @@ def group_norm_silu(dtype: torch.dtype, rows: int, channels: int, side: int) -> 
     return Call((x, weight, bias, 32), 2 * x.nbytes)
 
 
+def channel_moments(dtype: torch.dtype, rows: int, channels: int, side: int) -> Call:
+    x = image(dtype, rows, channels, side, side)
+    return Call((x,), x.nbytes)
+
+
 def guided_step(dtype: torch.dtype, slots: int, channels: int, side: int) -> Call:
     latents, x0, noise = (image(torch.float32, slots, channels, side, side) for _ in range(3))
     model_input, out = (image(dtype, 2 * slots, channels, side, side) for _ in range(2))
@@ -92,11 +97,21 @@ def guided_step(dtype: torch.dtype, slots: int, channels: int, side: int) -> Cal
 
 
 def geglu(dtype: torch.dtype, rows: int, tokens: int, width: int) -> Call:
-    """Nearly all of it is the product, PyTorch's own; for the rest alone see `test_geglu_gate`."""
+    """Nearly all of it is the product; for the rest alone see `test_geglu_gate`."""
     x, bias = torch.randn(rows, tokens, width).to(dtype), torch.randn(8 * width).to(dtype)
-    weight = (torch.randn(8 * width, width) / width**0.5).to(dtype)
+    with torch.inference_mode(False):
+        weight = (torch.randn(8 * width, width) / width**0.5).to(dtype)
     moved = 5 * x.nbytes + weight.nbytes
     return Call((x, weight, bias), moved, operations=2 * x.numel() * 8 * width)
+
+
+def linear(dtype: torch.dtype, rows: int, width: int, outputs: int) -> Call:
+    x, bias, residual = torch.randn(rows, width), torch.randn(outputs), torch.randn(rows, outputs)
+    with torch.inference_mode(False):
+        weight = (torch.randn(outputs, width) / width**0.5).to(dtype)
+    moved = (x.numel() + weight.numel() + 2 * residual.numel()) * dtype.itemsize
+    arguments = (x.to(dtype), weight, bias.to(dtype), residual.to(dtype))
+    return Call(arguments, moved, operations=2 * x.numel() * outputs)
 
 
 def layer_norm(dtype: torch.dtype, rows: int, tokens: int, width: int) -> Call:
@@ -135,13 +150,21 @@ ATTENTION = [  # rows, heads, queries, keys, head dim: the shipped model, SD1.5,
     *[(2, 8, 256, keys, 160) for keys in (256, 77)],
     (1, 1, 4096, 4096, 512),
 ]
+LINEAR = [  # rows, width, outputs: the shipped model, SD1.5, the middle of its decoder
+    *[(128, 80, 80), (64, 96, 80)],
+    *[(8192, 320, 320), (8192, 1280, 320), (2048, 640, 640), (2048, 2560, 640)],
+    *[(512, 1280, 1280), (512, 5120, 1280), (154, 768, 1280), (2, 1280, 1280)],
+    (4096, 512, 512),
+]
 SHAPES: dict[str, tuple[Callable[..., Call], list[Shape]]] = {
     "attention": (attention, ATTENTION),
+    "channel_moments": (channel_moments, UNET + VAE),
     "group_norm_silu": (group_norm_silu, UNET + VAE),
     "guided_step": (guided_step, [(1, 4, 64), (8, 4, 64), (1, 16, 128)]),
     "conv2d": (conv2d, [(2, 128, 8), (2, 1280, 8), (2, 1280, 16), (2, 640, 32), (2, 320, 64)]),
     "geglu": (geglu, TOKENS),
     "layer_norm": (layer_norm, TOKENS),
+    "linear": (linear, LINEAR),
     "upsample_conv": (
         upsample_conv,
         [(2, 1280, 8), (2, 1280, 16), (2, 640, 32), (1, 512, 64), (1, 512, 128), (1, 256, 256)],

@@ -1,4 +1,4 @@
-"""ops.linear on the C++ backend: oneDNN on weights packed once, where that pays."""
+"""ops.linear on the C++ backend: oneDNN on bfloat16 weights packed once; and geglu, which multiplies so."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ from fastldm.ops import geglu, linear, use_backends
 
 cpp = pytest.importorskip("fastldm.ops.cpp", exc_type=BackendUnavailable)
 
-DTYPES = [torch.float32, torch.bfloat16]
+MISSING = cpp.onednn.missing(torch.bfloat16)
+needs_bfloat16 = pytest.mark.skipif(MISSING is not None, reason=f"the references serve here: {MISSING}")
 Call = tuple[Any, ...]
 
 
 @pytest.fixture
 def always(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Weights of any size are packed, and float32 ones on any CPU."""
-    monkeypatch.setattr(cpp.linear, "LEAST", {})
-    monkeypatch.setattr(cpp.extension, "ISA", "avx512")
+    """Weights of any size are packed."""
+    monkeypatch.setattr(cpp.linear, "LEAST", 0)
 
 
 @st.composite
-def calls(draw: st.DrawFn, dtype: torch.dtype) -> Call:
+def calls(draw: st.DrawFn) -> Call:
     """1 to 3 leading axes, odd widths, large means, strided input and weight, with and without the rest."""
     leading = draw(st.lists(st.integers(1, 9), min_size=1, max_size=3))
-    width, outputs = draw(st.integers(1, 70)), draw(st.integers(1, 70))
+    width, outputs = draw(st.integers(1, 400)), draw(st.integers(1, 70))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**40)))
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator).to(dtype)
+        return torch.randn(shape, generator=generator).to(torch.bfloat16)
 
     x = normal(*leading, 2 * width)[..., :: draw(st.sampled_from([1, 2]))] + draw(
         st.sampled_from([0.0, 30.0])
@@ -46,11 +46,11 @@ def calls(draw: st.DrawFn, dtype: torch.dtype) -> Call:
     return x, weight, normal(outputs) if draw(st.booleans()) else None, residual
 
 
-def example(dtype: torch.dtype = torch.float32, width: int = 256) -> Call:
+def example(dtype: torch.dtype = torch.bfloat16, width: int = 256) -> Call:
     generator = torch.Generator().manual_seed(1)
     x, weight = torch.randn(2, 3, width, generator=generator), torch.randn(256, width, generator=generator)
     bias, residual = torch.randn(256, generator=generator), torch.randn(2, 3, 256, generator=generator)
-    return x.to(dtype), weight.to(dtype), bias.to(dtype), residual.to(dtype)
+    return x.to(dtype), weight.to(dtype) / 16, bias.to(dtype), residual.to(dtype)
 
 
 def run(call: Call) -> Tensor:
@@ -58,38 +58,56 @@ def run(call: Call) -> Tensor:
         return linear(*call)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def truth(call: Call) -> Tensor:
+    return linear.reference(*(None if each is None else each.double() for each in call))
+
+
+@pytest.mark.parametrize("apart", [False, True], ids=["in the epilogue", "residual apart"])
+@needs_bfloat16
 @pytest.mark.usefixtures("poisoned", "always")
-def test_errors_stay_within_those_of_pytorch(dtype: torch.dtype, error_rule: Any) -> None:
-    if cpp.onednn.missing(dtype):
-        assert dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
-        with pytest.raises(BackendUnavailable, match="packed weights do not serve torch.bfloat16 here"):
-            run(example(dtype))
-        return
+def test_errors_stay_within_those_of_pytorch(
+    apart: bool, error_rule: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the residual added as for small results, and as for large ones."""
+    monkeypatch.setattr(cpp.onednn, "LARGE", 0 if apart else 1 << 40)
     rule = error_rule()
 
     @settings(max_examples=200)
-    @given(calls(dtype))
+    @given(calls())
     def check(call: Call) -> None:
-        exact = linear.reference(*(None if each is None else each.double() for each in call))
-        rule.add(run(call), linear.reference(*call), exact, label=[getattr(t, "shape", t) for t in call])
+        rule.add(
+            run(call), linear.reference(*call), truth(call), label=[getattr(t, "shape", t) for t in call]
+        )
 
     check()
     rule.close(at_least=200)
 
 
-@pytest.mark.usefixtures("always")
+def test_errors_of_the_models_widths_stay_within_those_of_pytorch(error_rule: Any) -> None:
+    """Over many numbers the order of adding counts: float32 is left to PyTorch."""
+    for dtype in (torch.float32, torch.bfloat16):
+        rule, generator = error_rule(), torch.Generator().manual_seed(4)
+        for width in (256, 320, 640, 1280, 2560, 5120):
+            x, weight = (torch.randn(n, width, generator=generator).to(dtype) for n in (64, 256))
+            call = x, weight / width**0.5, None, torch.randn(64, 256, generator=generator).to(dtype)
+            with use_backends(("cpp", "reference")):
+                rule.add(linear(*call), linear.reference(*call), truth(call), label=(dtype, width))
+        rule.close(at_least=6)
+
+
+@needs_bfloat16
 def test_a_weight_changed_in_place_is_seen_and_one_pack_serves_all_rows() -> None:
     x, weight, bias, _ = example()
     packs = len(cpp.packed._entries)
     for _ in range(3):
         for part in (x, x[:1, :1], x.repeat(9, 1, 1)):
-            assert torch.allclose(run((part, weight, bias)), linear.reference(part, weight, bias), atol=1e-3)
+            expected = linear.reference(part, weight, bias)
+            assert torch.allclose(run((part, weight, bias)), expected, rtol=2**-7, atol=0.05)
         assert len(cpp.packed._entries) == packs + 1
         weight.mul_(-2.0)
 
 
-@pytest.mark.usefixtures("always")
+@needs_bfloat16
 def test_nan_and_inf_reach_what_they_reach_in_pytorch() -> None:
     for bad in (float("nan"), float("inf")):
         x, *rest = example()
@@ -97,13 +115,13 @@ def test_nan_and_inf_reach_what_they_reach_in_pytorch() -> None:
         assert torch.equal(run((x, *rest)).isfinite(), linear.reference(x, *rest).isfinite())
 
 
-@pytest.mark.usefixtures("always")
 def test_refused_calls_fall_back_or_say_why(monkeypatch: pytest.MonkeyPatch) -> None:
     x, weight, bias, residual = example()
     with torch.inference_mode():
         uncounted = weight.clone()
     refused = {
-        "half": (x.half(), weight.half(), bias.half()),
+        "float32": example(torch.float32),
+        "small": example(width=127),
         "empty": (x[:0], weight, bias),
         "vector": (x[0, 0], weight, bias),
         "residual of one row": (x, weight, bias, residual[:1]),
@@ -119,24 +137,8 @@ def test_refused_calls_fall_back_or_say_why(monkeypatch: pytest.MonkeyPatch) -> 
 
     for why, call in refused.items():
         check(why, call)
-    with monkeypatch.context() as patch:
-        patch.setattr(cpp.onednn, "missing", lambda dtype: "told so")
-        check("no such operators", example())
-
-
-def test_packs_only_where_that_was_found_faster(monkeypatch: pytest.MonkeyPatch) -> None:
-    def why(dtype: torch.dtype, width: int) -> str | None:
-        return cpp.linear.refuses_linear(*example(dtype, width))
-
-    for isa, dtype, width, reason in [
-        ("avx512_bf16", torch.float32, 256, None),
-        ("avx512", torch.float32, 255, "so small a weight"),
-        ("avx2", torch.float32, 256, "without AVX-512"),
-        ("avx2", torch.bfloat16, 127, "so small a weight"),
-    ]:
-        monkeypatch.setattr(cpp.extension, "ISA", isa)
-        told = why(dtype, width)
-        assert told is None if reason is None else reason in (told or ""), (isa, dtype, width)
+    monkeypatch.setattr(cpp.onednn, "missing", lambda dtype: "told so")
+    check("no such operators", example())
 
 
 def test_the_probe_tells_wrong_products(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,15 +146,13 @@ def test_the_probe_tells_wrong_products(monkeypatch: pytest.MonkeyPatch) -> None
     assert "wrong results" in cpp.onednn.missing.__wrapped__(torch.float32)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("packs", [True, False], ids=["packed", "plain"])
-def test_geglu_strip_by_strip_is_geglu_at_once(
-    dtype: torch.dtype, packs: bool, monkeypatch: pytest.MonkeyPatch, error_rule: Any
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_geglu_strip_by_strip_is_geglu(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, error_rule: Any
 ) -> None:
     """Strips of 5 rows, the last one shorter."""
-    monkeypatch.setattr(cpp.linear, "LEAST", {} if packs else dict.fromkeys(DTYPES, 1 << 40))
     x, weight, bias, _ = example(dtype)
-    call = x.repeat(1, 4, 1), weight / 16, bias
+    call = x.repeat(1, 4, 1), weight, bias
     monkeypatch.setattr(cpp.geglu, "STRIP", 5 * 256 * x.element_size() // torch.get_num_threads())
     rule = error_rule()
     with use_backends("cpp"):
@@ -161,7 +161,6 @@ def test_geglu_strip_by_strip_is_geglu_at_once(
     rule.close(at_least=1)
 
 
-@pytest.mark.usefixtures("always")
 def test_gradients_are_those_of_the_reference() -> None:
     def gradients(op: Any) -> tuple[Tensor, ...]:
         call = [each.requires_grad_() for each in example()]
@@ -172,9 +171,8 @@ def test_gradients_are_those_of_the_reference() -> None:
     assert all(map(torch.equal, ours, gradients(linear.reference)))
 
 
-@pytest.mark.usefixtures("always")
 def test_torch_compile_traces_the_reference() -> None:
     call = example()
     compiled = torch.compile(lambda *given: linear(*given) + 1, fullgraph=True, backend="aot_eager")
     with use_backends(("cpp", "reference")):
-        assert torch.allclose(compiled(*call), linear(*call) + 1, atol=1e-3)
+        assert torch.allclose(compiled(*call), linear(*call) + 1, rtol=2**-7, atol=0.05)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastldm.ops.cpp import onednn
 from fastldm.ops.cpp.extension import TYPES
-from fastldm.ops.cpp.linear import gains_nothing
+from fastldm.ops.cpp.linear import unfit
 from fastldm.ops.cpp.packed import packed, unpackable
 from fastldm.ops.linear import conv2d
 from fastldm.ops.raw import records
@@ -45,10 +45,9 @@ def _refuses_conv2d(
     product = _is_product(weight, stride, padding)
     if not product and window == [1, 1]:
         return "a 1×1 convolution with stride or padding is no product"
-    if product and weight.dtype == torch.float32:
-        if why := gains_nothing(weight):
-            return why
-    elif pixels > MOST_PIXELS:
+    if product and (why := unfit(weight)):
+        return why
+    if pixels > MOST_PIXELS:
         return f"{pixels} pixels gain nothing from a packed weight"
     if x.dtype not in TYPES or weight.dtype != x.dtype or (bias is not None and bias.dtype != x.dtype):
         return "x, weight and bias are not all float32 or all bfloat16"

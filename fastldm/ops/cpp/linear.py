@@ -1,26 +1,28 @@
-"""linear on the CPU: torch's oneDNN product with the weight packed once and the residual in its epilogue."""
+"""linear in bfloat16 on the CPU: torch's oneDNN product with the weight packed once.
+
+Not in float32: oneDNN adds a product up in one go where PyTorch's MKL takes blocks. The RMS error is 1.4 times
+as large over 320 numbers and 2.2 times over 5120, to save 8 to 20 % of the time.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from fastldm.ops.cpp import extension, onednn
-from fastldm.ops.cpp.extension import TYPES
+from fastldm.ops.cpp import onednn
 from fastldm.ops.cpp.packed import packed, unpackable
 from fastldm.ops.linear import linear
 from fastldm.ops.raw import records
 
-# Smaller weights gain less than it costs to ask. In float32 PyTorch's own product is MKL's.
-LEAST = {torch.float32: 1 << 16, torch.bfloat16: 1 << 15}
+LEAST = 1 << 15  # weights: fewer gain less than it costs to ask
 
 
-def gains_nothing(weight: Tensor) -> str | None:
-    """Why a product is no faster with this weight packed, or None; measured in docs/performance.md."""
-    if weight.numel() < LEAST.get(weight.dtype, 0):
+def unfit(weight: Tensor) -> str | None:
+    """Why no product should have this weight packed, or None; measured in docs/performance.md."""
+    if weight.dtype == torch.float32:
+        return "float32 products of oneDNN have up to twice the error of PyTorch's"
+    if weight.numel() < LEAST:
         return "so small a weight gains nothing from packing"
-    if weight.dtype == torch.float32 and not extension.ISA.startswith("avx512"):
-        return "float32 gains nothing from a packed weight without AVX-512"
     return None
 
 
@@ -32,13 +34,15 @@ def refuses_linear(
         return "torch.compile packs weights by itself"
     if not x.is_cpu:
         return "x is not on the CPU"
-    if why := gains_nothing(weight):  # the commonest reason first
+    if weight.dim() != 2:
+        return "weight is not [K, C]"
+    if why := unfit(weight):  # the commonest reason first
         return why
     dtype = x.dtype
-    if dtype not in TYPES or weight.dtype != dtype or (bias is not None and bias.dtype != dtype):
-        return "x, weight and bias are not all float32 or all bfloat16"
-    if x.dim() < 2 or x.numel() == 0 or weight.dim() != 2 or weight.shape[1] != x.shape[-1]:
-        return "x is not [..., C], or weight not [K, C]"
+    if dtype != torch.bfloat16 or weight.dtype != dtype or (bias is not None and bias.dtype != dtype):
+        return "x, weight and bias are not all bfloat16"
+    if x.dim() < 2 or x.numel() == 0 or weight.shape[1] != x.shape[-1]:
+        return "x is not [..., C] as weight is [K, C]"
     outputs = weight.shape[0]
     if outputs == 0 or (bias is not None and bias.shape != (outputs,)):
         return "weight is empty, or bias is not [K]"
