@@ -1,7 +1,7 @@
 """linear in bfloat16 on the CPU: torch's oneDNN product with the weight packed once.
 
-Not in float32: oneDNN adds a product up in one go where PyTorch's MKL takes blocks. The RMS error is 1.4 times
-as large over 320 numbers and 2.2 times over 5120, to save 8 to 20 % of the time.
+Not in float32: oneDNN adds a product up in one go where PyTorch's MKL takes blocks. The RMS error is 1.4
+times as large over 320 numbers and 2.2 times over 5120, to save 8 to 20 % of the time.
 """
 
 from __future__ import annotations
