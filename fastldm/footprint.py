@@ -171,23 +171,28 @@ class Counter(TorchDispatchMode):
         given = inspect.signature(op.reference).bind(*args, **kwargs).arguments
         if op is ops.attention:
             return torch.empty_like(given["q"])  # the reference, too, keeps no scores
-        if op is ops.conv2d or op is ops.upsample_conv:
+        if op in (ops.conv2d, ops.geglu, ops.linear, ops.upsample_conv):
             self._keep(op, given)
         if self._kernels and op in (ops.group_norm_silu, ops.layer_norm):
             return torch.empty_like(given["x"])
         if self._kernels and op is ops.geglu:
-            both = ops.linear.reference(given["x"], given["weight"])
-            return both.new_empty(*both.shape[:-1], both.shape[-1] // 2)
+            x, weight = given["x"], given["weight"]
+            result = x.new_empty(*x.shape[:-1], weight.shape[0] // 2)
+            rows = x.flatten(0, -2)
+            both = ops.linear.reference(rows[: strip(x, weight)] if self._packs else rows, weight)
+            del both
+            return result
         return op.reference(*args, **kwargs)
 
     def _keep(self, op: ops.Op[..., Any], given: Mapping[str, Any]) -> None:
         weight = self._weights.get(_storage(given["weight"]))
         if not self._packs or weight is None or weight.data_ptr() in self._packed or not weight.is_cpu:
             return
-        if op is ops.conv2d and not packs(given["x"], given["weight"], given.get("stride", 1)):
+        if op is not ops.upsample_conv and not packs(given["x"], given["weight"], given.get("stride", 1)):
             return
         self._packed.add(weight.data_ptr())
-        self.kept += weight.nbytes if op is ops.conv2d else weight.nbytes * 16 // 9  # four windows of 2 × 2
+        windows = 16 / 9 if op is ops.upsample_conv else 1  # four of 2 × 2 for one of 3 × 3
+        self.kept += int(weight.nbytes * windows)
 
 
 def _storage(tensor: Tensor) -> int:
@@ -202,8 +207,20 @@ def packed_weights() -> set[int]:
 
 
 def packs(x: Tensor, weight: Tensor, stride: int) -> bool:
-    """Whether the C++ backend packs this convolution's weight: 3×3, and few pixels in the result."""
-    from fastldm.ops.cpp.conv2d import most_pixels
+    """Whether the C++ backend packs this weight: of a product that gains, or of a 3×3 convolution with few
+    pixels in the result.
+    """
+    from fastldm.ops.cpp import onednn
+    from fastldm.ops.cpp.conv2d import MOST_PIXELS
+    from fastldm.ops.cpp.linear import unfit
 
-    pixels = x.shape[0] * (x.shape[2] // stride) * (x.shape[3] // stride)
-    return weight.shape[2] > 1 and pixels <= most_pixels(weight)
+    fits = weight.dim() == 4 and weight.shape[2] > 1 or unfit(weight) is None
+    pixels = x.shape[0] * (x.shape[2] // stride) * (x.shape[3] // stride) if weight.dim() == 4 else 0
+    return fits and pixels <= MOST_PIXELS and onednn.missing(weight.dtype) is None
+
+
+def strip(x: Tensor, weight: Tensor) -> int:
+    """Rows of a geglu's product that the C++ backend holds at a time."""
+    from fastldm.ops.cpp.geglu import strip_of
+
+    return strip_of(x, weight)

@@ -17,6 +17,8 @@ STRIP = (
     4 << 20
 )  # bytes of the product, for each thread, on which the gate follows: half of them stay in cache
 
+ROWS = 512  # at least: a product of fewer goes through its weight too often
+
 library.define("cpp_geglu_gate(Tensor x) -> Tensor", tags=TAGS)
 
 
@@ -58,6 +60,11 @@ def _refuses_geglu(x: Tensor, weight: Tensor, bias: Tensor) -> str | None:
     return None
 
 
+def strip_of(x: Tensor, weight: Tensor) -> int:
+    """Rows of the product that are made, and gated, at a time."""
+    return max(ROWS, STRIP * torch.get_num_threads() // (weight.shape[0] * x.element_size()))
+
+
 @geglu.register("cpp", _refuses_geglu)
 def _run_geglu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     if torch.compiler.is_compiling():
@@ -68,7 +75,7 @@ def _run_geglu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return F.linear(x, weight, bias) if pack is None else onednn.multiply(x, pack, bias)
 
     outputs, width = weight.shape
-    strip = max(1, STRIP * torch.get_num_threads() // (outputs * x.element_size()))
+    strip = strip_of(x, weight)
     if x.numel() <= strip * width:
         return gate(product(x).contiguous())
     result = unwritten(x.new_empty((*x.shape[:-1], outputs // 2)))
