@@ -13,10 +13,7 @@ from fastldm.ops.cpp.packed import packed
 from fastldm.ops.linear import geglu
 from fastldm.ops.raw import records
 
-STRIP = (
-    4 << 20
-)  # bytes of the product, for each thread, on which the gate follows: half of them stay in cache
-
+STRIP = 4 << 20  # bytes of the product, for each thread, before it is gated: half of them stay in cache
 ROWS = 512  # at least: a product of fewer goes through its weight too often
 
 library.define("cpp_geglu_gate(Tensor x) -> Tensor", tags=TAGS)

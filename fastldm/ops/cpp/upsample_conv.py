@@ -19,7 +19,7 @@ from fastldm.ops.cpp.packed import packed, unpackable
 from fastldm.ops.raw import records
 from fastldm.ops.resample import upsample_conv
 
-STRIP = 8 << 20  # bytes of the four maps, for each thread, before they are woven: half of them stay in cache
+STRIP = 8 << 20  # bytes of the four maps, for each thread, before they are woven: small beside the result
 
 library.define("cpp_upsample_conv(Tensor x, Tensor weight, Tensor bias) -> Tensor", tags=TAGS)
 
