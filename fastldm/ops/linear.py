@@ -12,7 +12,7 @@ from fastldm.ops.registry import op
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
     """x Wᵀ + bias + residual; x [..., C], weight [K, C], bias [K], residual [..., K]."""
     x = F.linear(x, weight, bias)
-    return x if residual is None else x + residual
+    return x if residual is None else x.add_(residual)  # into the product: no third map
 
 
 @op
@@ -36,4 +36,4 @@ def conv2d(
 ) -> Tensor:
     """Convolution + bias + residual; x [N, C, H, W], weight [K, C, h, w], residual [N, K, H', W']."""
     x = F.conv2d(x, weight, bias, stride, padding)
-    return x if residual is None else x + residual
+    return x if residual is None else x.add_(residual)
