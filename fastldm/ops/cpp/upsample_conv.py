@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastldm.ops.cpp import extension, onednn
-from fastldm.ops.cpp.extension import _C, TAGS, TYPES, library, unwritten
+from fastldm.ops.cpp.extension import _C, TAGS, TYPES, library
 from fastldm.ops.cpp.packed import packed, unpackable
 from fastldm.ops.raw import records
 from fastldm.ops.resample import upsample_conv
@@ -51,7 +51,7 @@ def _run_upsample_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     rows, channels, height, width = x.shape
     phases = packed(weight, _prepare, (rows, channels, height + 1, width + 1))
     convolve = F.conv2d if onednn.missing(x.dtype) else onednn.convolve
-    result = unwritten(_shape_upsample_conv(x, weight))
+    result = _shape_upsample_conv(x, weight)
     line = width * weight.shape[0] * x.element_size()  # bytes of a line of one phase
     lines = max(1, STRIP * torch.get_num_threads() // (4 * rows * line))
     for top in range(0, height, lines):
