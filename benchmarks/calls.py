@@ -143,7 +143,7 @@ def conv2d(dtype: torch.dtype, rows: int, channels: int, side: int) -> Call:
 UNET = [(2, 1280, 8), (2, 320, 64), (2, 960, 64), (2, 640, 32), (2, 1280, 16)]  # SD1.5, a guided step
 VAE = [(1, 512, 64), (1, 512, 128), (1, 256, 256), (1, 128, 512)]  # its decoder, 512 pixels
 TOKENS = [(2, 256, 1280), (2, 1024, 640), (2, 4096, 320), (2, 256, 80)]  # SD1.5; the shipped model
-ATTENTION = [  # rows, heads, queries, keys, head dim: the shipped model, SD1.5, SD2.1, the middle of the decoder
+ATTENTION = [  # rows, heads, queries, keys, head dim: the shipped model, SD1.5, SD2.1, a decoder's middle
     *[(2, 2, 64, keys, 40) for keys in (32, 64)],
     *[(2, 8, 4096, keys, 40) for keys in (4096, 77)],
     *[(2, 8, 1024, keys, 80) for keys in (1024, 77)],
