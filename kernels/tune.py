@@ -75,6 +75,7 @@ def tune(
 
     race: seconds of one call of each contender. seconds: the budget by the clock `now`; a shape gets as much
     of it as PyTorch's time for its calls is of all that are left, and what does not fit stays unmeasured.
+    Ctrl-C ends the search, and keeps what was measured.
     """
     began, table = now(), dict[str, dict[str, Entry]]()
     left = []
@@ -95,6 +96,9 @@ def tune(
         except (RuntimeError, ValueError) as error:
             report(f"{shape.op} {shape.key}: not measured: {_short(error)}")
             continue
+        except KeyboardInterrupt:
+            report(f"stopped: {1 + len(left)} shapes were not measured")
+            return table
         if found is not None:
             table.setdefault(shape.op, {})[shape.key] = found
             report(f"{shape.op} {shape.key}: {_told(found)}")

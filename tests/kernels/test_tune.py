@@ -155,6 +155,22 @@ def test_the_budget_holds_and_the_costliest_shape_goes_first(machine: Machine) -
     assert set(machine.tune(calls)["geglu"]) == {"float32 10 32 8", "float32 15 32 8", "float32 20 32 8"}
 
 
+def test_ctrl_c_keeps_what_was_measured(machine: Machine) -> None:
+    once = machine.tune([call(2), call(3)])
+    races, machine.clock = machine.clock, 0.0
+
+    def seconds(sizes: Tiles) -> float:
+        if machine.clock == races - 1:  # the last race
+            raise KeyboardInterrupt
+        return 1.0
+
+    machine.seconds = seconds
+    found = machine.tune([call(2), call(3)])
+    assert len(once["geglu"]) == 2 and len(found["geglu"]) == 1
+    assert found["geglu"].items() <= once["geglu"].items()
+    assert machine.said[-1] == "stopped: 1 shapes were not measured"
+
+
 def test_a_call_that_the_kernel_cannot_take_is_no_entry(machine: Machine) -> None:
     machine.refuses = "the head dim is none of these"
     assert machine.tune() == {}
