@@ -9,7 +9,8 @@ namespace fastldm::FASTLDM_ISA {
 
 namespace {
 
-constexpr int64_t BLOCK = 64;  // pixels of a task
+constexpr int64_t BLOCK = 64;          // pixels of a task
+constexpr int64_t STREAMED = 2 << 20;  // bytes of a result from which on it goes past the caches, as it would not stay
 
 // Merges the channels of a group and writes each one's (mean, scale, bias): result = (x - mean) scale + bias.
 void group_coefficients(const GroupNormSilu& a, int64_t row, int64_t group) {
@@ -34,7 +35,7 @@ void group_coefficients(const GroupNormSilu& a, int64_t row, int64_t group) {
 }
 
 // P pixels, which share the coefficients read.
-template <int P, bool SILU, typename E>
+template <int P, bool SILU, bool STREAM, typename E>
 FASTLDM_INLINE void pixels_of(const GroupNormSilu& a, const E* x, E* to, const float* mean) {
     const float *scale = mean + a.channels, *bias = scale + a.channels;
     const auto result = [](Floats x, Floats mean, Floats scale, Floats bias) __attribute__((always_inline)) {
@@ -50,8 +51,12 @@ FASTLDM_INLINE void pixels_of(const GroupNormSilu& a, const E* x, E* to, const f
             const E* from = x + p * a.channels + c;
             __builtin_prefetch(from + P * a.channels);
             if (sizeof(E) == 4) __builtin_prefetch(from + P * a.channels + LANES);
-            store(to + p * a.channels + c, result(load(from), means[0], scales[0], biases[0]),
-                  result(load(from + LANES), means[1], scales[1], biases[1]));
+            const Floats low = result(load(from), means[0], scales[0], biases[0]);
+            const Floats high = result(load(from + LANES), means[1], scales[1], biases[1]);
+            if constexpr (STREAM)
+                stream(to + p * a.channels + c, low, high);
+            else
+                store(to + p * a.channels + c, low, high);
         }
     }
     for (; c < a.channels; c += LANES) {
@@ -64,7 +69,7 @@ FASTLDM_INLINE void pixels_of(const GroupNormSilu& a, const E* x, E* to, const f
     }
 }
 
-template <bool SILU, typename E>
+template <bool SILU, bool STREAM, typename E>
 void normalise(const GroupNormSilu& a, int64_t row, int64_t block) {
     const int64_t start = block * BLOCK, end = start + BLOCK < a.pixels ? start + BLOCK : a.pixels;
     const float* coefficients = a.coefficients + row * 3 * a.channels;
@@ -72,11 +77,12 @@ void normalise(const GroupNormSilu& a, int64_t row, int64_t block) {
     E* to = static_cast<E*>(a.result) + row * a.pixels * a.channels;
     int64_t pixel = start;
     for (; pixel + 2 <= end; pixel += 2)
-        pixels_of<2, SILU>(a, x + pixel * a.channels, to + pixel * a.channels, coefficients);
-    if (pixel < end) pixels_of<1, SILU>(a, x + pixel * a.channels, to + pixel * a.channels, coefficients);
+        pixels_of<2, SILU, STREAM>(a, x + pixel * a.channels, to + pixel * a.channels, coefficients);
+    if (pixel < end) pixels_of<1, SILU, STREAM>(a, x + pixel * a.channels, to + pixel * a.channels, coefficients);
+    if (STREAM) end_of_stream();
 }
 
-template <typename E>
+template <bool SILU, bool STREAM, typename E>
 void run(const GroupNormSilu& a) {
     const int64_t blocks = (a.pixels + BLOCK - 1) / BLOCK;
 #pragma omp parallel num_threads(a.threads)
@@ -86,11 +92,19 @@ void run(const GroupNormSilu& a) {
             group_coefficients(a, task / a.groups, task % a.groups);
 #pragma omp for schedule(static)
         for (int64_t task = 0; task < a.rows * blocks; ++task)
-            if (a.silu)
-                normalise<true, E>(a, task / blocks, task % blocks);
-            else
-                normalise<false, E>(a, task / blocks, task % blocks);
+            normalise<SILU, STREAM, E>(a, task / blocks, task % blocks);
     }
+}
+
+template <typename E>
+void run(const GroupNormSilu& a) {
+    const int64_t pixel = a.channels * static_cast<int64_t>(sizeof(E));
+    const bool lines = pixel % 64 == 0 && reinterpret_cast<uintptr_t>(a.result) % 64 == 0;
+    const bool streams = lines && a.rows * a.pixels * pixel >= STREAMED;
+    if (a.silu)
+        streams ? run<true, true, E>(a) : run<true, false, E>(a);
+    else
+        streams ? run<false, true, E>(a) : run<false, false, E>(a);
 }
 
 }  // namespace

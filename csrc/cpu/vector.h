@@ -111,6 +111,25 @@ FASTLDM_INLINE void store(bfloat16* to, Floats low, Floats high) {
 }
 #endif
 
+// The same past the caches, where the set can: nothing is read before it is written. `to` is a multiple of 64 bytes.
+template <typename T>
+FASTLDM_INLINE void stream(T* to, Floats low, Floats high) {
+#ifdef __AVX512F__
+    __m512i lines[2 * LANES * sizeof(T) / 64];
+    store(reinterpret_cast<T*>(lines), low, high);
+    for (const __m512i& line : lines) _mm512_stream_si512(reinterpret_cast<__m512i*>(to) + (&line - lines), line);
+#else
+    store(to, low, high);
+#endif
+}
+
+// Stands after the last `stream` of a task: other threads see it all.
+FASTLDM_INLINE void end_of_stream() {
+#ifdef __AVX512F__
+    _mm_sfence();
+#endif
+}
+
 // The first `count` lanes, `stride` elements apart in memory; the others read as zero and are not written. One lane is
 // computed exactly as a lane of a full vector, so results depend neither on a tensor's size nor on its layout.
 template <typename T>
