@@ -237,7 +237,7 @@ FASTLDM_INLINE Floats exp_in_range(Floats z) {
     return reinterpret_cast<Floats>(reinterpret_cast<Ints>(p) + (reinterpret_cast<Ints>(shifted) << 23));
 }
 
-// a / b, to be stored as E, for a finite b >= 1. For bfloat16, AVX-512's reciprocal to 14 bits is enough.
+// a / b, to be stored as E, for b >= 1. For bfloat16, AVX-512's reciprocal to 14 bits is enough.
 template <typename E>
 FASTLDM_INLINE Floats quotient(Floats a, Floats b) {
 #ifdef __AVX512F__
@@ -246,9 +246,22 @@ FASTLDM_INLINE Floats quotient(Floats a, Floats b) {
     return a / b;
 }
 
+// 2^r for |r| <= 1/2, to be stored as bfloat16: the minimax polynomial, whose error, 1.0e-4, is a twentieth of what
+// rounding to bfloat16 costs.
+FASTLDM_INLINE Floats exp2_fraction(Floats r) {
+    return ((r * 0x1.c2a222p-5f + 0x1.f00c54p-3f) * r + 0x1.62f5fap-1f) * r + 1.0f;
+}
+
 // x / (1 + exp(-x)), to be stored as E; -0 below -87, where the value is under 2e-36.
 template <typename E>
 FASTLDM_INLINE Floats silu(Floats x) {
+#ifdef __AVX512F__
+    if (sizeof(E) == 2) {  // 2^n is 0 or infinite where n has no such exponent
+        const Floats z = x * -1.44269504f;
+        const Floats n = _mm512_roundscale_ps(z, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+        return quotient<E>(x, 1.0f + Floats(_mm512_scalef_ps(exp2_fraction(z - n), n)));
+    }
+#endif
     // Above 87, exp(-x) no longer counts. As integers, floats compare like floats as long as one is positive.
     const Ints bits = reinterpret_cast<Ints>(x), most = reinterpret_cast<Ints>(splat(87.0f));
     const Floats bounded = reinterpret_cast<Floats>(bits < most ? bits : most);
