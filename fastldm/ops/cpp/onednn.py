@@ -9,9 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-LARGE = (
-    1 << 20
-)  # numbers of a residual that a sum of its own adds up to 7 % faster than the product's epilogue
+# Numbers of a residual that a sum of its own adds up to 7 % faster than the product's epilogue.
+LARGE = 1 << 20
 
 
 @functools.cache
