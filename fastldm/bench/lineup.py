@@ -20,7 +20,8 @@ from fastldm.bench.models import operations
 from fastldm.bench.process import Failed, Worker
 from fastldm.bench.race import Error, Race, Row, Table, seconds
 
-ALLOWED = 1.2  # times the error of plain PyTorch in the same dtype
+ALLOWED = 1.2  # times the RMS error of plain PyTorch in the same dtype
+LARGEST = 2.0  # times its largest error, one number's luck: 1.3 times at equal RMS has been seen
 # Float32 is its own truth, up to sums in another order; pictures add the steps' up.
 FLOAT32 = {"step": 1e-5, "vae": 1e-5, "image": 1e-4}
 NUMBERS = 2**15  # that the error is taken over at least, or its largest would be luck
@@ -80,7 +81,7 @@ class Judge:
             worker.ask("load", **setup.load(setup.plain, part))
             plain = Error.of(made(worker, case, self.samples)[0], self.truth)
             # In a picture an edge may fall elsewhere; there the sum counts.
-            self.largest = 1.0 if part == "image" else ALLOWED * plain.largest
+            self.largest = 1.0 if part == "image" else LARGEST * plain.largest
             self.rms = ALLOWED * plain.rms
 
     def of(self, worker: Worker) -> tuple[Error, str | None, float]:
