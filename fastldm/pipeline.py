@@ -48,7 +48,7 @@ class Pipeline:
         backends: tuple[str, ...] | None,
     ) -> None:
         shape = components.unet.config
-        if shape.in_channels != shape.latent_channels:
+        if shape.in_channels == 2 * shape.latent_channels + 1:
             why = f"is {shape.in_channels}: generate() cannot feed the channels of an inpainting model yet"
             raise CheckpointError(components.path, "unet in_channels", why)
         self.components, self.device, self.dtype, self.backends = components, device, dtype, backends

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fastldm import ops
 from fastldm.bench.cases import Case, Model, read
-from fastldm.checkpoint import convert, inspect, save_folder
+from fastldm.checkpoint import convert, inspect, load_components, save_folder
 from fastldm.checkpoint.container import write_safetensors
 from fastldm.checkpoint.hub import resolve
 from fastldm.checkpoint.save import WEIGHTS
 from fastldm.checkpoint.tensors import payload
 from fastldm.errors import InvalidArgument
 from fastldm.models.clip import CLIPTextModel
+from fastldm.models.hints import hint_channels
 from fastldm.models.tokenizer import Tokenizer
 from fastldm.models.unet import UNet, UNetConfig
 from fastldm.models.vae import AutoencoderKL, VAEConfig
@@ -36,9 +38,30 @@ def open_model(name: str, dtype: torch.dtype, workshop: Path) -> Model:
             folder = convert(folder, workshop / "model")
         inspect(folder)
     model = Model.of(name, folder)
+    if model.in_channels == model.latent_channels + hint_channels(model.latent_channels):
+        model = Model.of(name, without_hints(folder, workshop / "without hints"))
     if model.in_channels != model.latent_channels:
         raise InvalidArgument("model", name, "a model without an inpainting UNet's further channels")
     return model
+
+
+def without_hints(folder: Path, target: Path) -> Path:
+    """The model as its text alone needs it: without the channels of the hint block, zero then, which no other
+    library knows.
+    """
+    model = load_components(folder)
+    unet, latent = model.unet, model.unet.config.latent_channels
+    unet.config = replace(unet.config, in_channels=latent)
+    unet.conv_in.weight = nn.Parameter(unet.conv_in.weight[:, :latent].contiguous(), requires_grad=False)
+    save_folder(
+        target,
+        unet=unet,
+        vae=model.vae,
+        text_encoder=model.text_encoder,
+        tokenizer=model.tokenizer,
+        scheduler=model.scheduler,
+    )
+    return target
 
 
 def write_random(preset: Preset, folder: Path, dtype: torch.dtype) -> None:

@@ -14,6 +14,7 @@ from fastldm.checkpoint.source import PARTS, Part, Source
 from fastldm.checkpoint.tensors import DTYPES
 from fastldm.errors import CheckpointError
 from fastldm.models.clip import CLIPTextConfig, CLIPTextModel
+from fastldm.models.hints import hint_channels
 from fastldm.models.unet import UNet, UNetConfig
 from fastldm.models.vae import AutoencoderKL, VAEConfig
 
@@ -59,10 +60,15 @@ def build(source: Source) -> Networks:
                 unet_file, "attention_head_dim", f"{heads} heads do not divide width {width}"
             )
     latent = vae.latent_channels
-    if unet.out_channels != latent or unet.in_channels not in (latent, 2 * latent + 1):
+    if unet.out_channels != latent or unet.in_channels not in (
+        latent,
+        2 * latent + 1,
+        latent + hint_channels(latent),
+    ):
         why = (
             f"is {unet.in_channels} → {unet.out_channels}; with {latent} latent channels fastldm supports "
-            f"{latent} → {latent}, and {2 * latent + 1} → {latent} for inpainting"
+            f"{latent} → {latent}, {2 * latent + 1} → {latent} for inpainting, and "
+            f"{latent + hint_channels(latent)} → {latent} with a hint block"
         )
         raise CheckpointError(unet_file, "in_channels", why)
     return networks

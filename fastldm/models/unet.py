@@ -299,8 +299,8 @@ class UNet(nn.Module):
         """Everything that the steps of B pictures share.
 
         context [R, L, D], R = B or 2B; timesteps float [steps], or [B, steps] where pictures stand at
-        different ones; concat [B, C', H, W]: channels beside the latents (mask, masked latents);
-        context_length int [R]: tokens of each row, None when all count.
+        different ones; concat [B, C', H, W]: channels beside the latents (mask, masked latents, hints), zero
+        if None; context_length int [R]: tokens of each row, None when all count.
         """
         concat_bias = None
         if concat is not None:
@@ -358,11 +358,12 @@ class UNet(nn.Module):
         bias = condition.time_bias.expand(count, -1, -1)[torch.arange(count, device=step.device), step]
         widths = [projection.out_features for projection in self._time_projections]
         latents = latents.contiguous(memory_format=torch.channels_last)
-        if condition.concat_bias is None:
+        if self.config.in_channels == self.config.latent_channels:
             x = self.conv_in(latents)
-        else:
+        else:  # channels that no condition told of are zero
             share = self.conv_in.weight[:, : self.config.latent_channels]
-            x = ops.conv2d(latents, share, None, padding=1, residual=condition.concat_bias)
+            own_bias = self.conv_in.bias if condition.concat_bias is None else None
+            x = ops.conv2d(latents, share, own_bias, padding=1, residual=condition.concat_bias)
         return x, StepState(
             time_biases=iter(repeat_rows(bias, rows).split(widths, dim=1)),
             keys_values=self._split(condition.context),

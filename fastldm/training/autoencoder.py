@@ -5,38 +5,91 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-from fastldm.models.layers import channels_last
+from fastldm.models.layers import Conv2d, channels_last
 from fastldm.models.vae import AutoencoderKL, DiagonalGaussian, VAEConfig
+from fastldm.scenes import KINDS
 from fastldm.training.config import AutoencoderSection, TrainConfig
 from fastldm.training.data import SceneData, to_model
 from fastldm.training.fit import FitSettings, fit
 
 
-def autoencoder_loss(
-    vae: AutoencoderKL, images: Tensor, generator: torch.Generator, kl_weight: float
-) -> Tensor:
-    """mean |x − x̂| + mean (x − x̂)² + kl_weight · mean over images of KL(q(z|x) ‖ N(0, 1))."""
-    posterior = vae.encode(images)
-    return reconstruction_loss(vae, images, posterior, generator) + kl_weight * posterior.kl().mean()
+class Alignment(nn.Module):
+    """An autoencoder whose latents also tell what stands where: a small head reads the segmentation map.
+
+    Latents that mean something are much easier to generate. The head is for training alone.
+    (Yao & Wang 2025, arXiv:2501.01423)
+    """
+
+    def __init__(self, vae: AutoencoderKL, width: int = 48) -> None:
+        super().__init__()
+        self.vae = vae
+        self.head = nn.ModuleList(
+            [Conv2d(vae.config.latent_channels, width, 1), Conv2d(width, 1 + len(KINDS), 1)]
+        )
+
+    def loss(self, latents: Tensor, segmentation: Tensor) -> Tensor:
+        """Cross-entropy between the classes read in each cell and the share of its pixels that each has.
+
+        latents [N, C, h, w]; segmentation uint8 [N, f·h, f·w].
+        """
+        logits = self.head[1](F.silu(self.head[0](latents)))
+        return -(shares(segmentation, self.vae.config.factor) * logits.float().log_softmax(1)).sum(1).mean()
 
 
-def reconstruction_loss(
-    vae: AutoencoderKL, images: Tensor, posterior: DiagonalGaussian, generator: torch.Generator
-) -> Tensor:
-    """mean |x − x̂| + mean (x − x̂)² of a decoded draw from the posterior."""
-    noise = torch.randn(posterior.mean.shape, generator=generator)
-    error = images - vae.decode(posterior.sample(noise.to(images.dtype)))
+def shares(segmentation: Tensor, factor: int) -> Tensor:
+    """The share of each class in each cell of factor × factor pixels: uint8 [N, H, W] → float32 [N, classes,
+    h, w].
+    """
+    hot = F.one_hot(segmentation.long(), 1 + len(KINDS)).permute(0, 3, 1, 2).float()
+    return F.avg_pool2d(hot, factor)
+
+
+def reconstruction_loss(images: Tensor, decoded: Tensor) -> Tensor:
+    """mean |x − x̂| + mean (x − x̂)², in float32 or wider."""
+    error = images - decoded.to(images.dtype)
     return error.abs().mean() + error.square().mean()
 
 
+def drawn(posterior: DiagonalGaussian, generator: torch.Generator, noise: float) -> Tensor:
+    """A draw from the posterior, and on top of it noise of up to `noise` of the latents' deviation, by lot a
+    row: what a decoder must see through, for generated latents are never quite right.
+    """
+    mean = posterior.mean
+    latents = posterior.sample(torch.randn(mean.shape, generator=generator, dtype=mean.dtype))
+    if noise:
+        level = noise * torch.rand((len(mean), 1, 1, 1), generator=generator) * mean.detach().std()
+        latents = latents + level * torch.randn(mean.shape, generator=generator)
+    return latents
+
+
+def autoencoder_loss(
+    model: Alignment,
+    images: Tensor,
+    segmentation: Tensor,
+    generator: torch.Generator,
+    section: AutoencoderSection,
+) -> Tensor:
+    """Reconstruction + kl_weight · mean over images of KL(q(z|x) ‖ N(0, 1)) + alignment · reading the map."""
+    posterior = model.vae.encode(images)
+    posterior = DiagonalGaussian(posterior.mean.to(images.dtype), posterior.logvar.to(images.dtype))
+    latents = drawn(posterior, generator, section.noise)
+    loss = reconstruction_loss(images, model.vae.decode(latents)) + section.kl_weight * posterior.kl().mean()
+    if section.alignment:
+        loss = loss + section.alignment * model.loss(latents, segmentation)
+    return loss
+
+
 @torch.inference_mode()
-def encode_all(vae: AutoencoderKL, data: SceneData, batch: int = 32) -> tuple[Tensor, Tensor]:
-    """Posterior means and standard deviations of all pictures, unscaled: float32 [N, C, h, w] each."""
+def encode_all(vae: AutoencoderKL, images: Tensor, batch: int = 32) -> tuple[Tensor, Tensor]:
+    """Posterior means and standard deviations of pictures uint8 [N, H, W, 3], unscaled: float32 [N, C, h, w]
+    each.
+    """
     means, deviations = [], []
-    for images in data.images.split(batch):
-        posterior = vae.encode(to_model(images))
+    for part in images.split(batch):
+        posterior = vae.encode(to_model(part))
         means.append(posterior.mean.contiguous())
         deviations.append(torch.exp(0.5 * posterior.logvar).contiguous())
     return torch.cat(means), torch.cat(deviations)
@@ -60,22 +113,21 @@ def train_autoencoder(
     """Train from the seed, or resume; its scaling factor is set later, from the latents it makes."""
     section = config.autoencoder
     torch.manual_seed(config.seed)
-    vae = channels_last(
-        AutoencoderKL(
-            VAEConfig(
-                block_out_channels=section.block_out_channels,
-                latent_channels=section.latent_channels,
-                layers_per_block=section.layers_per_block,
-                norm_num_groups=section.norm_num_groups,
-            )
+    vae = AutoencoderKL(
+        VAEConfig(
+            block_out_channels=section.block_out_channels,
+            latent_channels=section.latent_channels,
+            layers_per_block=section.layers_per_block,
+            norm_num_groups=section.norm_num_groups,
         )
     )
+    model = channels_last(Alignment(vae))
 
     def loss(step: int, generator: torch.Generator) -> Tensor:
-        images = _batch(section, section.fit, data, step, generator)
-        return autoencoder_loss(vae, images, generator, section.kl_weight)
+        images, segmentation = _batch(section, section.fit, data, step, generator)
+        return autoencoder_loss(model, images, segmentation, generator, section)
 
-    fit("autoencoder", vae, loss, section.fit, config.folder, config.seed, report)
+    fit("autoencoder", model, loss, section.fit, config.folder, config.seed, report, config.bfloat16)
     return vae
 
 
@@ -88,17 +140,19 @@ def train_decoder(
         return
 
     def loss(step: int, generator: torch.Generator) -> Tensor:
-        images = _batch(section, settings, data, step, generator)
+        images, _ = _batch(section, settings, data, step, generator)
         with torch.no_grad():
             posterior = vae.encode(images)
-        return reconstruction_loss(vae, images, posterior, generator)
+        latents = drawn(posterior, generator, section.noise)
+        return reconstruction_loss(images, vae.decode(latents))
 
-    fit("decoder", vae.decoder, loss, settings, config.folder, config.seed + 3, report)
+    seed = config.seed + 3
+    fit("decoder", vae.decoder, loss, settings, config.folder, seed, report, config.bfloat16)
 
 
 def _batch(
     section: AutoencoderSection, settings: FitSettings, data: SceneData, step: int, generator: torch.Generator
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """Crops, and in the last share of the steps whole pictures, as many pixels a batch."""
     size = data.images.shape[1]
     if step < round(settings.steps * (1 - section.whole)):

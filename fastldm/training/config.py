@@ -30,6 +30,8 @@ class AutoencoderSection:
     crop: int = 64
     whole: float = 0.15  # last share of the steps, on whole pictures, as many pixels a batch
     kl_weight: float = 1e-6
+    noise: float = 0.0  # largest noise that the decoder is trained to see through, in latents' deviations
+    alignment: float = 0.0  # weight of reading the segmentation map out of the latents
     decoder: FitSettings | None = None  # a second turn for the decoder alone; the latents stay what they are
 
 
@@ -56,8 +58,9 @@ class DiffusionSection:
     norm_num_groups: int = 8
     caption_dropout: float = 0.1
     pictures: int = 12_000
-    sizes: tuple[int, ...] = (1, 1, 1)  # how often an object is small, medium, large
-    centred: float = 0.0  # share of pictures whose object surely stands in the centre
+    stage: int = 1  # of the world: see fastldm.scenes.mixture
+    hinted: float = 0.0  # share of the rows that are given a mask, a map or a small picture
+    hints: int = 4_000  # pictures that hints are made of
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,10 @@ class TrainConfig:
     diffusion: DiffusionSection
     seed: int = 0
     pictures: int = 20_000
+    stage: int = 1  # of the world that the autoencoder and the text encoder learn
     threads: int = 2
+    start: Path | None = None  # a model folder to go on from: its UNet and text encoder learn on
+    bfloat16: bool = False  # products and convolutions in bfloat16, weights and sums in float32
 
 
 def read_config(file: Path) -> TrainConfig:
@@ -119,6 +125,9 @@ def _value(kind: Any, given: Any, name: str) -> Any:
     elif kind == "Path":
         if isinstance(given, str):
             return Path(given).expanduser()
+    elif kind == "bool":
+        if isinstance(given, bool):
+            return given
     elif kind == "float" and type(given) in (int, float) and 0 <= given < float("inf"):
         return float(given)
     elif kind == "int" and type(given) is int and given >= 0:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fastldm.diffusion import SchedulerConfig, add_noise, alphas_cumprod, simple_loss, target
 from fastldm.models.clip import CLIPTextModel
+from fastldm.models.hints import hint_channels
 from fastldm.models.layers import channels_last
 from fastldm.models.tokenizer import Tokenizer
 from fastldm.models.unet import UNet, UNetConfig
@@ -47,60 +48,69 @@ class TextToLatents(nn.Module):
         super().__init__()
         self.unet, self.text_encoder = unet, text_encoder
 
-    def forward(self, noisy: Tensor, timesteps: Tensor, ids: Tensor) -> Tensor:
-        """noisy [rows, C, h, w], timesteps [rows], token ids [rows, L] → prediction."""
+    def forward(self, noisy: Tensor, timesteps: Tensor, ids: Tensor, hint: Tensor) -> Tensor:
+        """noisy [rows, C, h, w], timesteps [rows], token ids [rows, L], hint [rows, C + 4, h, w] →
+        prediction.
+        """
         rows = noisy.shape[0]
-        condition = self.unet.condition(self.text_encoder(ids), timesteps.float()[:, None])
+        condition = self.unet.condition(self.text_encoder(ids), timesteps.float()[:, None], hint)
         prediction: Tensor = self.unet(
             noisy, condition, torch.zeros(rows, dtype=torch.long, device=noisy.device)
         )
         return prediction
 
 
+def new_unet(config: TrainConfig, latent_channels: int, context_width: int, side: int) -> UNet:
+    """The UNet of a configuration, with a hint block, from the seed."""
+    section = config.diffusion
+    torch.manual_seed(config.seed + 2)
+    unet = UNet(
+        UNetConfig(
+            in_channels=latent_channels + hint_channels(latent_channels),
+            out_channels=latent_channels,
+            block_out_channels=section.block_out_channels,
+            layers_per_block=section.layers_per_block,
+            heads=section.heads,
+            transformer_depth=section.transformer_depth,
+            cross_attention_dim=context_width,
+            norm_num_groups=section.norm_num_groups,
+            sample_size=side,
+        )
+    )
+    nn.init.zeros_(unet.conv_out.weight)
+    return channels_last(unet)
+
+
 def train_diffusion(
     config: TrainConfig,
     data: SceneData,
     latents: tuple[Tensor, Tensor],
+    hints: Tensor,
     tokenizer: Tokenizer,
-    text_encoder: CLIPTextModel,
+    model: TextToLatents,
     report: Callable[[str], None] = print,
-) -> TextToLatents:
-    """Train from the seed, or resume, on scaled latents: posterior means and deviations [N, C, h, w]."""
+) -> None:
+    """Train from the seed, or resume, on scaled latents, posterior means and deviations [N, C, h, w], and the
+    hints of the first of them [n, C + 4, h, w].
+    """
     section = config.diffusion
     means, deviations = latents
-    channels, side = means.shape[1], means.shape[-1]
-    torch.manual_seed(config.seed + 2)
-    unet = channels_last(
-        UNet(
-            UNetConfig(
-                in_channels=channels,
-                out_channels=channels,
-                block_out_channels=section.block_out_channels,
-                layers_per_block=section.layers_per_block,
-                heads=section.heads,
-                transformer_depth=section.transformer_depth,
-                cross_attention_dim=text_encoder.config.hidden_size,
-                norm_num_groups=section.norm_num_groups,
-                sample_size=side,
-            )
-        )
-    )
-    nn.init.zeros_(unet.conv_out.weight)
-    model = TextToLatents(unet, text_encoder)
     kept = alphas_cumprod(SCHEDULER)
 
     def loss(step: int, generator: torch.Generator) -> Tensor:
-        rows = torch.randint(len(data.scenes), (section.fit.batch,), generator=generator)
-        texts, _ = data.captions(rows.tolist(), generator)
-        dropped = torch.rand(len(texts), generator=generator) < section.caption_dropout
+        batch = section.fit.batch
+        rows = torch.randint(len(means), (batch,), generator=generator)
+        hinted = torch.rand(batch, generator=generator) < section.hinted
+        rows = torch.where(hinted, rows % len(hints), rows)
+        hint = hints[rows % len(hints)] * hinted[:, None, None, None]
+        texts = [text for text, _ in data.captions(rows.tolist(), generator)]
+        dropped = torch.rand(batch, generator=generator) < section.caption_dropout
         texts = ["" if drop else text for text, drop in zip(texts, dropped.tolist(), strict=True)]
-        shape = (len(texts), channels, side, side)
-        clean = means[rows] + deviations[rows] * torch.randn(shape, generator=generator)
-        noise = torch.randn(shape, generator=generator)
-        times = torch.randint(len(kept), (len(texts),), generator=generator)
+        clean = means[rows] + deviations[rows] * torch.randn(means[rows].shape, generator=generator)
+        noise = torch.randn(clean.shape, generator=generator)
+        times = torch.randint(len(kept), (batch,), generator=generator)
         alpha, sigma = kept[times].sqrt().float(), (1 - kept[times]).sqrt().float()
-        predicted = model(add_noise(clean, noise, alpha, sigma), times, token_ids(tokenizer, texts))
+        predicted = model(add_noise(clean, noise, alpha, sigma), times, token_ids(tokenizer, texts), hint)
         return simple_loss(predicted, target(SCHEDULER.prediction, clean, noise, alpha, sigma)).mean()
 
-    fit("diffusion", model, loss, section.fit, config.folder, config.seed + 2, report)
-    return model
+    fit("diffusion", model, loss, section.fit, config.folder, config.seed + 2, report, config.bfloat16)

@@ -22,23 +22,28 @@ from fastldm.errors import CheckpointError, NonFiniteOutput
 
 @dataclass(frozen=True)
 class FitSettings:
-    """How a stage is optimised: AdamW with linear warm-up and cosine decay of the learning rate to zero."""
+    """How a stage is optimised: AdamW with linear warm-up and, in the last share `decay` of the steps, cosine
+    decay of the learning rate to zero.
+    """
 
     steps: int
     batch: int
     learning_rate: float
     warmup: int = 100
+    decay: float = 1.0
     weight_decay: float = 0.01
     clip: float = 1.0
     ema_decay: float = 0.0  # 0: no moving average
     save_every: int = 500
+    keep_every: int = 0  # steps between averages that are kept for good; 0: none
 
     def rate(self, step: int) -> float:
         """Learning rate at a step, counted from 0."""
         if step < self.warmup:
             return self.learning_rate * (step + 1) / self.warmup
-        done = (step - self.warmup) / max(self.steps - self.warmup, 1)
-        return self.learning_rate * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
+        start = max(self.warmup, round(self.steps * (1 - self.decay)))
+        done = (step - start) / max(self.steps - start, 1)
+        return self.learning_rate * 0.5 * (1 + math.cos(math.pi * min(max(done, 0.0), 1.0)))
 
 
 class Average:
@@ -78,9 +83,12 @@ def fit(
     folder: Path,
     seed: int,
     report: Callable[[str], None] = print,
+    bfloat16: bool = False,
 ) -> None:
     """Minimise loss(step, generator) over the module's parameters; ends with the averaged weights in the
     module.
+
+    `bfloat16`: the loss is computed under autocast; weights, averages and the optimiser stay float32.
 
     Every step draws from a generator seeded by (seed, step), so a run resumed from `folder/name.pt` equals
     an unbroken one. The state is written to a temporary name and renamed; `folder/name.csv` gets step,
@@ -106,7 +114,8 @@ def fit(
             generator = torch.Generator().manual_seed((seed << 32) + step)
             for group in optimizer.param_groups:
                 group["lr"] = settings.rate(step)
-            value = loss(step, generator)
+            with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+                value = loss(step, generator)
             if not torch.isfinite(value.detach()):
                 raise NonFiniteOutput(
                     f"{name}: the loss is {value.item()} at step {step}; the last good state is {state_file}"
@@ -129,6 +138,9 @@ def fit(
                 done = f"{name} {step + 1}/{settings.steps}"
                 report(f"{done}  loss {float(total) / span:.4f}  {left / 60:.1f} min left")
                 total.zero_()
+            if settings.keep_every and (step + 1) % settings.keep_every == 0:
+                with replacing(folder / f"{name}-{step + 1}.pt") as temporary:
+                    torch.save(average.values if settings.ema_decay else module.state_dict(), temporary)
             if (step + 1) % settings.save_every == 0 or step + 1 == settings.steps:
                 _save(state_file, step + 1, module, optimizer, average)
     if settings.ema_decay:

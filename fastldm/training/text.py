@@ -1,8 +1,8 @@
 """The text encoder's first training: read the facts out of a caption, before any picture is seen.
 
 A text encoder that starts from nothing costs the diffusion model most of its steps. Reading captions is
-cheap to learn, and what it learns is what the pictures need: which colour belongs to the object and which
-to the background.
+cheap to learn, and what it learns is what the pictures need: which colour belongs to which object, how many
+there are, and what lies behind them.
 """
 
 from __future__ import annotations
@@ -16,10 +16,48 @@ from torch import Tensor, nn
 from fastldm.models.clip import CLIPTextConfig, CLIPTextModel
 from fastldm.models.layers import Linear
 from fastldm.models.tokenizer import Tokenizer
-from fastldm.scenes.captions import FACTS, VOCABULARY
+from fastldm.scenes import COLOURS, KINDS, LANDSCAPES, POSITIONS, RELATIONS, SIZES, SKIES, STYLES, Scene, relation
+from fastldm.scenes.vocabulary import VOCABULARY
 from fastldm.training.config import TrainConfig
 from fastldm.training.data import SceneData
 from fastldm.training.fit import fit
+
+UNTOLD = -1
+QUESTIONS: dict[str, int] = (
+    {f"number of {kind}": 5 for kind in KINDS}
+    | {f"colour of {kind}": len(COLOURS) for kind in KINDS}
+    | {"background": len(COLOURS) + len(LANDSCAPES), "sky": len(SKIES), "style": len(STYLES)}
+    | {"size": len(SIZES), "position": len(POSITIONS)}
+    | {f"relation of {kind}": len(RELATIONS) for kind in KINDS}
+)
+"""What a reader of captions is asked, and how many answers there are."""
+
+
+def answers(scene: Scene, told: frozenset[str]) -> list[int]:
+    """The answer to each of QUESTIONS that a caption with these facts gives, UNTOLD where it gives none."""
+    found = dict.fromkeys(QUESTIONS, UNTOLD)
+    for kind in KINDS:
+        things = [thing for thing in scene.objects if thing.kind == kind]
+        found[f"number of {kind}"] = len(things)
+        if "colour" in told and len({thing.colour for thing in things}) == 1:
+            found[f"colour of {kind}"] = COLOURS.index(things[0].colour)
+    if "background" in told:
+        found["background"] = (*COLOURS, *LANDSCAPES).index(scene.background)
+        if scene.sky is not None and "sky" in told:
+            found["sky"] = SKIES.index(scene.sky)
+    if "style" in told:
+        found["style"] = STYLES.index(scene.style)
+    if len({thing.size for thing in scene.objects}) == 1 and "size" in told:
+        found["size"] = list(SIZES).index(scene.objects[0].size)
+    if len(scene.objects) == 1 and "position" in told and scene.objects[0].position is not None:
+        found["position"] = POSITIONS.index(scene.objects[0].position)
+    if len(scene.objects) == 2 and "relation" in told:
+        first, second = scene.objects
+        for one, other in ((first, second), (second, first)):
+            word = relation(one, other)
+            if word is not None and one.kind != other.kind:
+                found[f"relation of {one.kind}"] = RELATIONS.index(word)
+    return list(found.values())
 
 
 def token_ids(tokenizer: Tokenizer, texts: Sequence[str]) -> Tensor:
@@ -28,27 +66,29 @@ def token_ids(tokenizer: Tokenizer, texts: Sequence[str]) -> Tensor:
 
 
 class CaptionReader(nn.Module):
-    """A text encoder with one linear classifier a fact, on the last token's state, which has seen the whole
-    caption.
+    """A text encoder with one linear classifier a question, on the last token's state, which has seen the
+    whole caption.
     """
 
     def __init__(self, encoder: CLIPTextModel) -> None:
         super().__init__()
         self.encoder = encoder
-        self.heads = nn.ModuleList(
-            [Linear(encoder.config.hidden_size, len(classes)) for classes in FACTS.values()]
-        )
+        self.heads = Linear(encoder.config.hidden_size, sum(QUESTIONS.values()))
 
-    def forward(self, ids: Tensor) -> list[Tensor]:
-        """Token ids [rows, L] → logits of each fact [rows, classes]."""
-        last = self.encoder(ids)[:, -1]
-        return [head(last) for head in self.heads]
+    def forward(self, ids: Tensor) -> tuple[Tensor, ...]:
+        """Token ids [rows, L] → logits of each question [rows, answers]."""
+        return self.heads(self.encoder(ids)[:, -1]).split(list(QUESTIONS.values()), dim=1)
 
 
-def reader_loss(logits: list[Tensor], labels: Tensor) -> Tensor:
-    """Mean cross-entropy over the facts that were told; labels int64 [rows, facts], −1 where untold."""
-    parts = [F.cross_entropy(fact, labels[:, i], ignore_index=-1) for i, fact in enumerate(logits)]
-    return torch.stack(parts).mean()
+def reader_loss(logits: Sequence[Tensor], labels: Tensor) -> Tensor:
+    """Cross-entropy over the answers that were told, summed over questions and averaged over the rows;
+    labels int64 [rows, questions], UNTOLD where untold.
+    """
+    parts = [
+        F.cross_entropy(answer.float(), labels[:, i], ignore_index=UNTOLD, reduction="sum")
+        for i, answer in enumerate(logits)
+    ]
+    return torch.stack(parts).sum() / len(labels)
 
 
 def train_text_encoder(
@@ -75,8 +115,9 @@ def train_text_encoder(
 
     def loss(step: int, generator: torch.Generator) -> Tensor:
         rows = torch.randint(len(data.scenes), (section.fit.batch,), generator=generator).tolist()
-        texts, labels = data.captions(rows, generator)
-        return reader_loss(reader(token_ids(tokenizer, texts)), labels)
+        texts, facts = zip(*data.captions(rows, generator), strict=True)
+        labels = [answers(data.scenes[row], told) for row, told in zip(rows, facts, strict=True)]
+        return reader_loss(reader(token_ids(tokenizer, texts)), torch.tensor(labels))
 
-    fit("text", reader, loss, section.fit, config.folder, config.seed + 1, report)
+    fit("text", reader, loss, section.fit, config.folder, config.seed + 1, report, config.bfloat16)
     return tokenizer, encoder

@@ -6,6 +6,7 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -14,11 +15,12 @@ import fastldm
 from fastldm.errors import CheckpointError, InvalidArgument, NonFiniteOutput
 from fastldm.models.vae import AutoencoderKL, VAEConfig
 from fastldm.training import run
-from fastldm.training.autoencoder import autoencoder_loss, encode_all, psnr
-from fastldm.training.config import TrainConfig, read_config
+from fastldm.scenes import COLOURS, KINDS, LANDSCAPES, STYLES, draw_scene, render
+from fastldm.training.autoencoder import Alignment, autoencoder_loss, encode_all, psnr
+from fastldm.training.config import AutoencoderSection, TrainConfig, read_config
 from fastldm.training.data import SceneData, to_model
 from fastldm.training.fit import Average, FitSettings, fit
-from fastldm.training.text import reader_loss
+from fastldm.training.text import QUESTIONS, UNTOLD, answers, reader_loss
 
 TINY = """
 folder = "{folder}/run"
@@ -32,6 +34,8 @@ block_out_channels = [8, 8]
 latent_channels = 4
 norm_num_groups = 4
 crop = 32
+noise = 0.2
+alignment = 0.1
 fit = {{ steps = 3, batch = 4, learning_rate = 1e-3, warmup = 1, ema_decay = 0.9 }}
 decoder = {{ steps = 2, batch = 4, learning_rate = 1e-3, warmup = 1 }}
 
@@ -46,6 +50,8 @@ transformer_depth = [0, 1]
 heads = [1, 2]
 norm_num_groups = 4
 pictures = 8
+hinted = 0.5
+hints = 5
 fit = {{ steps = 4, batch = 2, learning_rate = 1e-3, warmup = 1, ema_decay = 0.9, save_every = 2 }}
 """
 
@@ -152,45 +158,117 @@ def test_learning_rate_warms_up_and_decays_to_zero() -> None:
     assert [settings.rate(0), settings.rate(9)] == [pytest.approx(0.2), pytest.approx(2.0)]
     assert settings.rate(60) == pytest.approx(1.0)
     assert settings.rate(110) == pytest.approx(0.0, abs=1e-12)
+    late = replace(settings, decay=0.2)
+    assert late.rate(10) == late.rate(87) == 2.0
+    assert late.rate(99) == pytest.approx(1.0) and late.rate(110) == pytest.approx(0.0, abs=1e-12)
+
+
+def test_averages_are_kept_on_the_way(tmp_path: Path) -> None:
+    module, settings = problem(6, keep_every=3)
+    fit("it", module, loss_of(module), settings, tmp_path, 1, str)
+    kept = torch.load(tmp_path / "it-6.pt", weights_only=True)
+    assert torch.equal(kept["weight"], module.weight)
+    assert not torch.equal(torch.load(tmp_path / "it-3.pt", weights_only=True)["weight"], module.weight)
+
+
+def test_training_goes_on_from_a_model_folder(tmp_path: Path) -> None:
+    run.main(tiny_config(tmp_path), str)
+    first = fastldm.load(tmp_path / "model").components
+    file = tmp_path / "more.toml"
+    text = TINY.format(folder=tmp_path / "more").replace("seed = 3", f'seed = 4\nstart = "{tmp_path}/model"')
+    file.write_text(text)
+    said: list[str] = []
+    run.main(file, said.append)
+    then = fastldm.load(tmp_path / "more" / "model").components
+    assert not any("autoencoder" in line for line in said)
+    for a, b in zip(first.vae.parameters(), then.vae.parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert first.vae.config == then.vae.config
+    assert not torch.equal(first.unet.conv_out.weight, then.unet.conv_out.weight)
+    assert not torch.equal(
+        first.text_encoder.text_model.embeddings.token_embedding.weight,
+        then.text_encoder.text_model.embeddings.token_embedding.weight,
+    )
 
 
 def test_autoencoder_loss_against_an_independent_transcription() -> None:
     torch.manual_seed(0)
     config = VAEConfig(block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4, latent_channels=2)
-    vae = AutoencoderKL(config).double()
+    model = Alignment(AutoencoderKL(config), width=5).double()
     images = torch.rand(2, 3, 8, 8, dtype=torch.float64) * 2 - 1
-    got = autoencoder_loss(vae, images, torch.Generator().manual_seed(5), kl_weight=0.01)
-    posterior = vae.encode(images)
-    noise = torch.randn(2, 2, 4, 4, generator=torch.Generator().manual_seed(5))
-    decoded = vae.decode(posterior.mean + (posterior.logvar / 2).exp() * noise)
+    segmentation = torch.randint(17, (2, 8, 8), dtype=torch.uint8)
+    section = AutoencoderSection(
+        FitSettings(1, 1, 1.0), (8, 8), 2, kl_weight=0.01, noise=0.3, alignment=0.2
+    )
+    got = autoencoder_loss(model, images, segmentation, torch.Generator().manual_seed(5), section)
+
+    generator = torch.Generator().manual_seed(5)
+    posterior = model.vae.encode(images)
+    shape = (2, 2, 4, 4)
+    latents = posterior.mean + (posterior.logvar / 2).exp() * torch.randn(
+        shape, generator=generator, dtype=torch.float64
+    )
+    level = 0.3 * torch.rand((2, 1, 1, 1), generator=generator)
+    latents = latents + level * posterior.mean.std() * torch.randn(shape, generator=generator)
+    decoded = model.vae.decode(latents)
     kl = sum(
         0.5 * (float(m) ** 2 + math.exp(float(v)) - 1 - float(v))
-        for m, v in zip(posterior.mean.flatten(), posterior.logvar.flatten(), strict=True)
+        for m, v in zip(posterior.mean.detach().flatten(), posterior.logvar.detach().flatten(), strict=True)
     )
+    first, second = model.head
+    told = 0.0
+    for row in range(2):
+        for y in range(4):
+            for x in range(4):
+                hidden = first.weight[:, :, 0, 0] @ latents[row, :, y, x] + first.bias
+                hidden = hidden / (1 + (-hidden).exp())
+                logits = (second.weight[:, :, 0, 0] @ hidden + second.bias).detach().float()
+                for pixel in segmentation[row, 2 * y : 2 * y + 2, 2 * x : 2 * x + 2].flatten():
+                    told -= float(logits[int(pixel)] - logits.logsumexp(0)) / 4
     want = (images - decoded).abs().mean() + ((images - decoded) ** 2).mean() + 0.01 * kl / 2
-    assert float(got) == pytest.approx(float(want), rel=1e-10)
+    assert float(got) == pytest.approx(float(want) + 0.2 * told / 32, rel=1e-6)
 
 
 def test_reader_loss_ignores_what_was_not_told() -> None:
     logits = [torch.tensor([[2.0, 0.0], [0.0, 0.0]]), torch.tensor([[0.0, 1.0], [5.0, 0.0]])]
     labels = torch.tensor([[0, -1], [1, 0]])
-    want = ((math.log(1 + math.exp(-2)) + math.log(2)) / 2 + math.log(1 + math.exp(-5))) / 2
+    want = (math.log(1 + math.exp(-2)) + math.log(2) + math.log(1 + math.exp(-5))) / 2
     assert float(reader_loss(logits, labels)) == pytest.approx(want, rel=1e-6)
 
 
-def test_data_is_drawn_from_its_seed_and_captions_are_true() -> None:
-    data, again = SceneData.draw(6, 9), SceneData.draw(6, 9)
+def test_data_is_drawn_from_its_seed_and_crops_go_with_their_maps() -> None:
+    data, again = SceneData.draw(6, 9, stage=4), SceneData.draw(6, 9, stage=4)
     assert torch.equal(data.images, again.images) and data.scenes == again.scenes
-    generator = torch.Generator().manual_seed(1)
-    crops = data.crops(5, 32, generator)
-    assert crops.shape == (5, 3, 32, 32) and -1 <= float(crops.min()) and float(crops.max()) <= 1
-    texts, labels = data.captions([0, 1, 2, 3, 4, 5], generator)
-    assert labels.shape == (6, 5)
-    from fastldm.scenes.captions import FACTS
+    for i, scene in enumerate(data.scenes):
+        drawn = render(scene)
+        assert torch.equal(data.images[i], torch.from_numpy(drawn.image))
+        assert torch.equal(data.segmentation[i], torch.from_numpy(drawn.segmentation))
+    plain = SceneData.draw(6, 9)
+    images, maps = plain.crops(20, 32, torch.Generator().manual_seed(1))
+    assert images.shape == (20, 3, 32, 32) and maps.shape == (20, 32, 32)
+    assert -1 <= float(images.min()) and float(images.max()) <= 1
+    colours = [set(map(tuple, image.permute(1, 2, 0)[maps[i] == 0].tolist())) for i, image in enumerate(images)]
+    # Under the map's zeros lies the plain background, but for the soft edges of objects.
+    assert all(len(found) == 1 for i, found in enumerate(colours) if not maps[i].any())
 
-    kinds = list(FACTS).index("kind")
-    for row, scene in enumerate(data.scenes):
-        assert FACTS["kind"][labels[row, kinds]] == scene.objects[0].kind and texts[row]
+
+def test_answers_are_what_the_scene_shows() -> None:
+    rng = np.random.default_rng(3)
+    names = list(QUESTIONS)
+    told = frozenset({"kind", "count", "colour", "background", "size", "position", "relation", "style", "sky"})
+    for _ in range(60):
+        scene = draw_scene(rng)
+        found = dict(zip(names, answers(scene, told), strict=True))
+        silent = dict(zip(names, answers(scene, frozenset({"kind", "count"})), strict=True))
+        for kind in KINDS:
+            things = [thing for thing in scene.objects if thing.kind == kind]
+            assert found[f"number of {kind}"] == len(things) == silent[f"number of {kind}"]
+            if found[f"colour of {kind}"] != UNTOLD:
+                assert {COLOURS[found[f"colour of {kind}"]]} == {thing.colour for thing in things}
+        grounds = (*COLOURS, *LANDSCAPES)
+        assert grounds[found["background"]] == scene.background and STYLES[found["style"]] == scene.style
+        assert {value for name, value in silent.items() if not name.startswith("number")} == {UNTOLD}
+        assert all(UNTOLD <= value < QUESTIONS[name] for name, value in found.items())
 
 
 def test_psnr_and_encoding_of_a_known_autoencoder() -> None:
@@ -209,7 +287,7 @@ def test_psnr_and_encoding_of_a_known_autoencoder() -> None:
     want = sum(10 * math.log10(255**2 / error) for error in errors) / 3
     assert psnr(vae, data) == pytest.approx(want, rel=1e-5)
     with torch.no_grad():
-        means, deviations = encode_all(vae, data, batch=2)
+        means, deviations = encode_all(vae, data.images, batch=2)
         posterior = vae.encode(to_model(data.images[2:]))
     torch.testing.assert_close(means[2:], posterior.mean, rtol=0, atol=1e-5)
     torch.testing.assert_close(deviations[2:], (posterior.logvar / 2).exp(), rtol=1e-5, atol=1e-5)
