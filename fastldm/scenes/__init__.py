@@ -2,16 +2,21 @@
 
 from fastldm.scenes.captions import caption, caption_and_facts, phrase, scene_labels
 from fastldm.scenes.check import Reading, read_object
+from fastldm.scenes.mixture import draw_scene
 from fastldm.scenes.palette import (
     COLOURS,
     HELD_OUT_PAIRS,
     HELD_OUT_TRIPLES,
     IMAGE_SIZE,
     KINDS,
+    LANDSCAPES,
     PALETTE,
     POSITIONS,
     RELATIONS,
     SIZES,
+    SKIES,
+    STYLES,
+    UNFIT_COLOURS,
 )
 from fastldm.scenes.render import Rendered, contact_sheet, render
 from fastldm.scenes.scene import Scene, SceneObject, is_held_out, relation, sample_scene
@@ -23,10 +28,14 @@ __all__ = [
     "HELD_OUT_TRIPLES",
     "IMAGE_SIZE",
     "KINDS",
+    "LANDSCAPES",
     "PALETTE",
     "POSITIONS",
     "RELATIONS",
     "SIZES",
+    "SKIES",
+    "STYLES",
+    "UNFIT_COLOURS",
     "VOCABULARY",
     "Reading",
     "Rendered",
@@ -35,6 +44,7 @@ __all__ = [
     "caption",
     "caption_and_facts",
     "contact_sheet",
+    "draw_scene",
     "is_held_out",
     "phrase",
     "read_object",

@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from fastldm.scenes.palette import COLOURS, IMAGE_SIZE, KINDS, PALETTE, SIZES
-from fastldm.scenes.render import Pixels, silhouette_coverage
 from fastldm.scenes.scene import Box, SceneObject, position_of, size_of
 from fastldm.scenes.silhouettes import posed
+from fastldm.scenes.styles import Pixels, silhouette_coverage
 
 Values = NDArray[np.float32]
 

@@ -35,6 +35,33 @@ PALETTE: dict[str, tuple[int, int, int]] = {
 }
 COLOURS = tuple(PALETTE)
 
+STYLES = ("flat", "outlined", "pixel", "watercolour")
+LANDSCAPES = ("meadow", "snow", "beach", "sea", "desert")
+SKIES = ("day", "sunset", "night")
+
+_COLOURS_OF: dict[str, set[str]] = {
+    "meadow": {"green"},
+    "snow": {"white"},
+    "beach": {"yellow", "blue"},
+    "sea": {"blue"},
+    "desert": {"yellow", "orange"},
+    "day": set(),
+    "sunset": {"orange", "purple"},
+    "night": {"black"},
+}
+UNFIT_COLOURS: dict[tuple[str, str], frozenset[str]] = {
+    (landscape, sky): frozenset(_COLOURS_OF[landscape] | _COLOURS_OF[sky])
+    for landscape in LANDSCAPES
+    for sky in SKIES
+}
+"""The colours that no object has in a landscape under a sky, for parts of the picture look like them."""
+
+
+def unfit_colours(background: str, sky: str | None) -> frozenset[str]:
+    """The colours that no object has on a background: its own, or those of a landscape under its sky."""
+    return frozenset({background}) if sky is None else UNFIT_COLOURS[background, sky]
+
+
 SIZES: dict[str, tuple[float, float]] = {"small": (32, 37), "medium": (48, 58), "large": (76, 88)}
 """Pixels of the longer side of an object's box, per size word."""
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import numpy as np
@@ -15,9 +16,13 @@ from fastldm.scenes.palette import (
     HELD_OUT_PAIRS,
     HELD_OUT_TRIPLES,
     IMAGE_SIZE,
+    LANDSCAPES,
     POSITIONS,
     RELATIONS,
     SIZES,
+    SKIES,
+    STYLES,
+    unfit_colours,
 )
 from fastldm.scenes.silhouettes import posed
 
@@ -26,6 +31,9 @@ MARGIN = 4
 
 MAX_ANGLE = 8.0
 MAX_STRETCH = 0.05
+
+BLOCK = 4
+"""Side in pixels of the blocks that pixel art is made of; its objects fill whole ones."""
 
 _T = TypeVar("_T")
 Box = tuple[float, float, float, float]
@@ -55,11 +63,39 @@ class SceneObject:
 
 @dataclass(frozen=True)
 class Scene:
-    """What a picture shows. `background` is a colour of the palette; objects never overlap."""
+    """What a picture shows; objects never overlap.
+
+    `background` is a colour of the palette, or one of LANDSCAPES with `sky` one of SKIES. InvalidArgument for
+    other names.
+    """
 
     objects: tuple[SceneObject, ...]
     background: str
     style: str = "flat"
+    sky: str | None = None
+
+    def __post_init__(self) -> None:
+        _check_names(self.background, self.sky, self.style)
+        if self.sky is None and self.background in LANDSCAPES:
+            raise InvalidArgument("sky", self.sky, f"{', '.join(SKIES)} over a landscape")
+
+
+def _check_names(background: str | None, sky: str | None, style: str) -> None:
+    for name, value, choices in (
+        ("background", background, COLOURS + LANDSCAPES),
+        ("sky", sky, SKIES),
+        ("style", style, STYLES),
+    ):
+        if value is not None and value not in choices:
+            raise InvalidArgument(name, value, ", ".join(choices))
+    if sky is not None and background in COLOURS:
+        raise InvalidArgument("sky", sky, "None unless the background is a landscape")
+
+
+def snapped(thing: SceneObject) -> SceneObject:
+    """The object upright, its box on the blocks of pixel art; those MARGIN apart stay a block apart."""
+    x0, y0, x1, y1 = (math.floor(side / BLOCK + 0.5) * BLOCK for side in thing.box)
+    return replace(thing, box=(x0, y0, x1, y1), angle=0.0)
 
 
 def position_of(box: Box) -> str | None:
@@ -115,6 +151,8 @@ def sample_scene(
     kind: str | None = None,
     colour: str | None = None,
     background: str | None = None,
+    sky: str | None = None,
+    style: str = "flat",
     size: str | None = None,
     position: str | None = None,
     related: str | None = None,
@@ -123,7 +161,8 @@ def sample_scene(
     """A scene of `count` objects (1 to 4) with the given facts fixed and all others drawn by lot.
 
     `alike` gives all objects one kind and colour. `kind`, `colour`, `size` hold for the first object,
-    `position` for a single one; `related` is the relation of the first of two objects to the second. Scenes
+    `position` for a single one; `related` is the relation of the first of two objects to the second. The
+    background is plain unless it is a landscape or a `sky` is given: then the other is drawn by lot. Scenes
     are fit for training unless `held_out`, which makes the first object a pair of HELD_OUT_PAIRS.
     InvalidArgument when nothing fits.
     """
@@ -137,34 +176,40 @@ def sample_scene(
         ("size", size, tuple(SIZES)),
         ("position", position, POSITIONS),
         ("related", related, RELATIONS),
-        ("background", background, COLOURS),
     ):
         if value is not None and value not in choices:
             raise InvalidArgument(name, value, ", ".join(choices))
+    _check_names(background, sky, style)
+    grounds = [
+        ground
+        for ground in _grounds(background, sky)
+        if colour is None or colour not in unfit_colours(*ground)
+    ]
     first_pairs = [
         pair
         for pair in ALL_PAIRS
         if (pair in HELD_OUT_PAIRS) == held_out
         and kind in (None, pair[0])
         and colour in (None, pair[1])
-        and pair[1] != background
+        and any(pair[1] not in unfit_colours(*ground) for ground in grounds)
     ]
     if not first_pairs:
         allowed = f"a pair with held_out={held_out} that differs from its background"
         raise InvalidArgument("kind, colour", (kind, colour), allowed)
     for _ in range(1000):
-        ground = background or _pick(rng, [c for c in COLOURS if c != colour])
-        firsts = [pair for pair in first_pairs if pair[1] != ground]
+        ground = grounds[0] if len(grounds) == 1 else _pick(rng, grounds)
+        unfit = unfit_colours(*ground)
+        firsts = [pair for pair in first_pairs if pair[1] not in unfit]
         if not firsts:
             continue
         pairs = [_pick(rng, firsts)] * count
         if not alike:
-            others = [pair for pair in _TRAINING_PAIRS if pair[1] != ground]
+            others = [pair for pair in _TRAINING_PAIRS if pair[1] not in unfit]
             pairs[1:] = [_pick(rng, others) for _ in pairs[1:]]
-        objects = _place(rng, pairs, size, position, related)
+        objects = _place(rng, pairs, size, position, related, style == "pixel")
         if objects is None:
             continue
-        scene = Scene(objects, ground)
+        scene = Scene(objects, ground[0], style, ground[1])
         if held_out or not is_held_out(scene):
             return scene
     raise InvalidArgument("related", related, "a relation that training may show between these kinds")
@@ -180,6 +225,19 @@ _SIZES_BY_COUNT = {
 }
 
 
+def _grounds(background: str | None, sky: str | None) -> list[tuple[str, str | None]]:
+    """Every background and sky that agree with what is given; without either the plain ones."""
+    if background in COLOURS or (background is None and sky is None):
+        return [(name, None) for name in COLOURS if background in (None, name)]
+    return [
+        (name, over)
+        for name in LANDSCAPES
+        if background in (None, name)
+        for over in SKIES
+        if sky in (None, over)
+    ]
+
+
 def _pick(rng: np.random.Generator, items: Sequence[_T]) -> _T:
     return items[int(rng.integers(len(items)))]
 
@@ -190,6 +248,7 @@ def _place(
     size: str | None,
     position: str | None,
     related: str | None,
+    in_blocks: bool,
 ) -> tuple[SceneObject, ...] | None:
     """Objects at places drawn by lot, or None when this draw overlaps or misses what was asked."""
     objects: list[SceneObject] = []
@@ -204,6 +263,8 @@ def _place(
             x = (IMAGE_SIZE - width) / 2 + u * ((IMAGE_SIZE - width) / 2 - MARGIN)
             y = (IMAGE_SIZE - height) / 2 + v * ((IMAGE_SIZE - height) / 2 - MARGIN)
             thing = SceneObject(kind, colour, word, (x, y, x + width, y + height), angle, mirror)
+            if in_blocks:
+                thing = snapped(thing)
             if not any(_overlap(thing, other) for other in objects):
                 break
         else:
