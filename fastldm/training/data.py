@@ -43,9 +43,7 @@ class SceneData:
         images = torch.stack([self.images[window] for window in windows])
         return to_model(images), torch.stack([self.segmentation[window] for window in windows])
 
-    def captions(
-        self, rows: list[int], generator: torch.Generator
-    ) -> list[tuple[str, frozenset[str]]]:
+    def captions(self, rows: list[int], generator: torch.Generator) -> list[tuple[str, frozenset[str]]]:
         """A fresh caption for each row, and the facts that it told."""
         rng = np.random.default_rng(int(torch.randint(2**62, (1,), generator=generator)))
         return [caption_and_facts(self.scenes[row], rng) for row in rows]

@@ -41,9 +41,7 @@ def make_hints(
     hidden = torch.where(masks.bool(), GREY, shown)
     inpainting = inpainting_hint(masks, encode(_to_pixels(hidden)))
 
-    small = F.interpolate(
-        images[2::3].permute(0, 3, 1, 2).float(), scale_factor=1 / UPSCALING, mode="area"
-    )
+    small = F.interpolate(images[2::3].permute(0, 3, 1, 2).float(), scale_factor=1 / UPSCALING, mode="area")
     large = F.interpolate(small, (side, side), mode="bicubic", antialias=True)
     upscaling = upscaling_hint(small / GREY - 1, encode(_to_pixels(large)))
 

@@ -16,7 +16,18 @@ from torch import Tensor, nn
 from fastldm.models.clip import CLIPTextConfig, CLIPTextModel
 from fastldm.models.layers import Linear
 from fastldm.models.tokenizer import Tokenizer
-from fastldm.scenes import COLOURS, KINDS, LANDSCAPES, POSITIONS, RELATIONS, SIZES, SKIES, STYLES, Scene, relation
+from fastldm.scenes import (
+    COLOURS,
+    KINDS,
+    LANDSCAPES,
+    POSITIONS,
+    RELATIONS,
+    SIZES,
+    SKIES,
+    STYLES,
+    Scene,
+    relation,
+)
 from fastldm.scenes.vocabulary import VOCABULARY
 from fastldm.training.config import TrainConfig
 from fastldm.training.data import SceneData

@@ -69,5 +69,12 @@ def test_hints_of_the_three_kinds_in_turn() -> None:
         assert (hidden[row][inside] == 128).all()
     torch.testing.assert_close(hints[0::3], inpainting_hint(masks, encode(hidden)))
     torch.testing.assert_close(hints[1::3], map_hint(data.segmentation[1:7:3], 3, (16, 16)))
-    small = data.images[2:7:3].permute(0, 3, 1, 2).float().unflatten(2, (32, 4)).unflatten(4, (32, 4)).mean((3, 5))
+    small = (
+        data.images[2:7:3]
+        .permute(0, 3, 1, 2)
+        .float()
+        .unflatten(2, (32, 4))
+        .unflatten(4, (32, 4))
+        .mean((3, 5))
+    )
     torch.testing.assert_close(hints[2::3], upscaling_hint(small / 127.5 - 1, encode(enlarged)))

@@ -14,8 +14,8 @@ from torch import nn
 import fastldm
 from fastldm.errors import CheckpointError, InvalidArgument, NonFiniteOutput
 from fastldm.models.vae import AutoencoderKL, VAEConfig
-from fastldm.training import run
 from fastldm.scenes import COLOURS, KINDS, LANDSCAPES, STYLES, draw_scene, render
+from fastldm.training import run
 from fastldm.training.autoencoder import Alignment, autoencoder_loss, encode_all, psnr
 from fastldm.training.config import AutoencoderSection, TrainConfig, read_config
 from fastldm.training.data import SceneData, to_model
@@ -197,9 +197,7 @@ def test_autoencoder_loss_against_an_independent_transcription() -> None:
     model = Alignment(AutoencoderKL(config), width=5).double()
     images = torch.rand(2, 3, 8, 8, dtype=torch.float64) * 2 - 1
     segmentation = torch.randint(17, (2, 8, 8), dtype=torch.uint8)
-    section = AutoencoderSection(
-        FitSettings(1, 1, 1.0), (8, 8), 2, kl_weight=0.01, noise=0.3, alignment=0.2
-    )
+    section = AutoencoderSection(FitSettings(1, 1, 1.0), (8, 8), 2, kl_weight=0.01, noise=0.3, alignment=0.2)
     got = autoencoder_loss(model, images, segmentation, torch.Generator().manual_seed(5), section)
 
     generator = torch.Generator().manual_seed(5)
@@ -247,7 +245,9 @@ def test_data_is_drawn_from_its_seed_and_crops_go_with_their_maps() -> None:
     images, maps = plain.crops(20, 32, torch.Generator().manual_seed(1))
     assert images.shape == (20, 3, 32, 32) and maps.shape == (20, 32, 32)
     assert -1 <= float(images.min()) and float(images.max()) <= 1
-    colours = [set(map(tuple, image.permute(1, 2, 0)[maps[i] == 0].tolist())) for i, image in enumerate(images)]
+    colours = [
+        set(map(tuple, image.permute(1, 2, 0)[maps[i] == 0].tolist())) for i, image in enumerate(images)
+    ]
     # Under the map's zeros lies the plain background, but for the soft edges of objects.
     assert all(len(found) == 1 for i, found in enumerate(colours) if not maps[i].any())
 
@@ -255,7 +255,9 @@ def test_data_is_drawn_from_its_seed_and_crops_go_with_their_maps() -> None:
 def test_answers_are_what_the_scene_shows() -> None:
     rng = np.random.default_rng(3)
     names = list(QUESTIONS)
-    told = frozenset({"kind", "count", "colour", "background", "size", "position", "relation", "style", "sky"})
+    told = frozenset(
+        {"kind", "count", "colour", "background", "size", "position", "relation", "style", "sky"}
+    )
     for _ in range(60):
         scene = draw_scene(rng)
         found = dict(zip(names, answers(scene, told), strict=True))
