@@ -89,7 +89,7 @@ def sprite_extent(kind: str) -> tuple[int, int]:
 
 
 def sprite(kind: str, width: int, height: int) -> Sprite:
-    """The sprite of a kind, bool [height, width], with blocks repeated or left out where it is drawn otherwise."""
+    """The sprite of a kind, bool [height, width]; blocks are repeated or left out to fit."""
     drawn = _sprites()[kind]
     rows, columns = (
         (np.arange(wanted) * 2 + 1) * had // (2 * wanted)
