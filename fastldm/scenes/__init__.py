@@ -18,6 +18,7 @@ from fastldm.scenes.palette import (
     STYLES,
     UNFIT_COLOURS,
 )
+from fastldm.scenes.prompts import LayoutBox, label_prompt, layout_of, layout_prompt
 from fastldm.scenes.render import Rendered, contact_sheet, render
 from fastldm.scenes.scene import Scene, SceneObject, is_held_out, relation, sample_scene
 from fastldm.scenes.vocabulary import VOCABULARY
@@ -37,6 +38,7 @@ __all__ = [
     "STYLES",
     "UNFIT_COLOURS",
     "VOCABULARY",
+    "LayoutBox",
     "Reading",
     "Rendered",
     "Scene",
@@ -46,6 +48,9 @@ __all__ = [
     "contact_sheet",
     "draw_scene",
     "is_held_out",
+    "label_prompt",
+    "layout_of",
+    "layout_prompt",
     "phrase",
     "read_object",
     "relation",

@@ -25,6 +25,7 @@ from fastldm.scenes.palette import (
     unfit_colours,
 )
 from fastldm.scenes.silhouettes import posed
+from fastldm.scenes.sprites import sprite_extent
 
 MARGIN = 4
 """Pixels that stay free between an object and the edge of the picture, and between two objects."""
@@ -257,6 +258,8 @@ def _place(
         angle = float(rng.uniform(-MAX_ANGLE, MAX_ANGLE))
         mirror = bool(rng.integers(2))
         width, height = _extent(rng, kind, word, angle, mirror)
+        if in_blocks and word == "small":
+            width, height = (BLOCK * side for side in sprite_extent(kind))
         for _ in range(20):
             spot = (position or _pick(rng, _SINGLE_POSITIONS)) if len(pairs) == 1 else None
             u, v = _offset(rng, spot)

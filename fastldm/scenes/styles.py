@@ -15,6 +15,7 @@ from fastldm.scenes.landscapes import VARIANTS, landscape, landscape_edges
 from fastldm.scenes.palette import IMAGE_SIZE, KINDS, PALETTE
 from fastldm.scenes.scene import BLOCK, Scene, SceneObject, snapped
 from fastldm.scenes.silhouettes import posed
+from fastldm.scenes.sprites import LARGEST, sprite
 
 Pixels = NDArray[np.uint8]
 Values = NDArray[np.float32]
@@ -122,14 +123,30 @@ def _paint_pixel(scene: Scene, segmentation: Pixels) -> Pixels:
     image = _backdrop(scene)[BLOCK // 2 :: BLOCK, BLOCK // 2 :: BLOCK].copy()
     classes = np.zeros((side, side), np.uint8)
     for thing in scene.objects:
-        window, coverage = silhouette_coverage(snapped(thing))
-        rows, columns = (slice(part.start // BLOCK, part.stop // BLOCK) for part in window)
-        height, width = (part // BLOCK for part in coverage.shape)
-        share = coverage.reshape(height, BLOCK, width, BLOCK).mean(axis=(1, 3))
-        image[rows, columns][share >= 128] = PALETTE[thing.colour]
-        classes[rows, columns][share >= 128] = _CLASS[thing.kind]
+        window, inked = _in_blocks(snapped(thing))
+        image[window][inked] = PALETTE[thing.colour]
+        classes[window][inked] = _CLASS[thing.kind]
     segmentation[:] = _enlarged(classes)
     return _enlarged(image)
+
+
+def _in_blocks(thing: SceneObject) -> tuple[Window, NDArray[np.bool_]]:
+    """The window of a snapped object in blocks, and which of them are inked."""
+    left, top, right, bottom = (int(side) // BLOCK for side in thing.box)
+    width, height = right - left, bottom - top
+    if max(width, height) <= LARGEST:
+        inked = sprite(thing.kind, width, height)
+        inked = inked[:, ::-1] if thing.mirror else inked
+    else:
+        _, coverage = silhouette_coverage(thing)
+        share = coverage.reshape(height, BLOCK, width, BLOCK).mean(axis=(1, 3))
+        if thing.kind in _SYMMETRIC:
+            share = (share + share[:, ::-1]) / 2
+        inked = share >= 124
+    return (slice(top, bottom), slice(left, right)), inked
+
+
+_SYMMETRIC = {"circle", "square", "triangle", "star", "heart", "tree", "sun", "flower", "mushroom"}
 
 
 def _enlarged(blocks: Pixels) -> Pixels:

@@ -41,6 +41,9 @@ RELATION_PHRASES: dict[str, tuple[str, ...]] = {
     "below": ("below", "under", "beneath", "underneath"),
 }
 
+NEAR_PHRASES = ("next to", "beside", "near", "by the side of")
+"""Between two objects side by side when their order is not told."""
+
 COUNT_WORDS: dict[int, tuple[str, ...]] = {
     2: ("two", "2", "a pair of", "a couple of"),
     3: ("three", "3"),
@@ -56,7 +59,64 @@ LEADS = (
     "a simple drawing of",
     "picture of",
     "drawing of",
+    "a sketch of",
+    "an icon of",
+    "a scene with",
+    "a picture showing",
+    "this picture shows",
 )
+
+STYLE_LEADS: dict[str, tuple[str, ...]] = {
+    "flat": ("a flat drawing of", "a flat picture of", "flat art of"),
+    "outlined": ("an outlined drawing of", "an outline drawing of", "a line drawing of"),
+    "pixel": ("pixel art of", "a pixel art picture of", "a pixel art drawing of", "a pixelated picture of"),
+    "watercolour": (
+        "a watercolour of",
+        "a watercolour painting of",
+        "a watercolor painting of",
+        "a watercolour picture of",
+    ),
+}
+STYLE_LABELS: dict[str, tuple[str, ...]] = {
+    "flat": ("flat style", "in flat style", "flat"),
+    "outlined": ("outlined", "in outlined style", "with outlines", "outline style"),
+    "pixel": ("pixel art", "in pixel art style", "pixel style", "drawn in pixels"),
+    "watercolour": (
+        "watercolour",
+        "in watercolour",
+        "painted in watercolour",
+        "watercolor",
+        "watercolour style",
+        "watercolour painting",
+    ),
+}
+
+LANDSCAPE_PHRASES: dict[str, tuple[str, ...]] = {
+    "meadow": ("in a meadow", "on a meadow", "in a grassy field", "on the grass", "in a grassy meadow"),
+    "snow": ("in the snow", "on snow", "in a snowy landscape", "in a snowy field"),
+    "beach": ("on the beach", "on a beach", "at the beach", "on a sandy beach"),
+    "sea": ("at sea", "on the sea", "in the sea", "on the ocean", "on the water", "by the sea"),
+    "desert": ("in the desert", "in a desert", "in the sand dunes", "in a sandy desert"),
+}
+LANDSCAPE_NAMES: dict[str, tuple[str, ...]] = {
+    "meadow": ("a meadow", "a grassy field", "a meadow landscape"),
+    "snow": ("a snowy landscape", "snow", "a snowy field"),
+    "beach": ("a beach", "a sandy beach", "a beach landscape"),
+    "sea": ("the sea", "the ocean", "a sea landscape"),
+    "desert": ("a desert", "sand dunes", "a desert landscape"),
+}
+
+SKY_PHRASES: dict[str, tuple[str, ...]] = {
+    "day": ("by day", "in the daytime", "on a sunny day", "in the day", "under a day sky"),
+    "sunset": ("at sunset", "in the evening", "under a sunset sky", "under an evening sky"),
+    "night": ("at night", "under a night sky", "under a starry sky", "on a dark night"),
+}
+
+LABEL, LAYOUT = "label", "layout"
+"""The first words of the prompts that are no English: see `fastldm.scenes.prompts`."""
+
+BINS = tuple(f"p{i}" for i in range(32))
+"""The words for an edge of a box in a layout prompt."""
 
 _GRAMMAR = """
 , . a an the of on in at to with and is are there it one 1 single this
@@ -67,18 +127,16 @@ upper lower half part
 object objects shape shapes
 """
 
-_LATER = """
-style flat simple outlined outline outlines line pixel pixels pixelated watercolour watercolor painted drawn
-landscape meadow grass grassy field snow snowy beach sand sandy sea ocean water desert dunes
-day daytime sunny sunset evening night dark starry sky
-"""
-"""Words of the styles and landscapes that the world grows into; renders of today never need them."""
-
 
 def _words() -> tuple[str, ...]:
-    phrases = [_GRAMMAR, _LATER, *LEADS]
+    phrases = [_GRAMMAR, LABEL, LAYOUT, *LEADS, *NEAR_PHRASES, *BINS]
     phrases += [form for names in NOUNS.values() for name in names for form in name]
-    for table in (COLOUR_WORDS, SIZE_WORDS, POSITION_PHRASES, RELATION_PHRASES, COUNT_WORDS):
+    word_tables: tuple[dict[str, tuple[str, ...]], ...] = (
+        *(COLOUR_WORDS, SIZE_WORDS, POSITION_PHRASES, RELATION_PHRASES),
+        *(STYLE_LEADS, STYLE_LABELS, LANDSCAPE_PHRASES, LANDSCAPE_NAMES, SKY_PHRASES),
+    )
+    phrases += [phrase for several in COUNT_WORDS.values() for phrase in several]
+    for table in word_tables:
         phrases += [phrase for phrases_of_one in table.values() for phrase in phrases_of_one]
     return tuple(sorted({word for phrase in phrases for word in phrase.split()}))
 

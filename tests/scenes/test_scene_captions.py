@@ -4,9 +4,23 @@ import re
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from fastldm.scenes import COLOURS, KINDS, VOCABULARY, caption, caption_and_facts, sample_scene, scene_labels
-from fastldm.scenes.captions import EVALUATION_PHRASINGS, FACTS, phrase, words
+from fastldm.scenes import (
+    COLOURS,
+    KINDS,
+    LANDSCAPES,
+    SKIES,
+    STYLES,
+    VOCABULARY,
+    caption,
+    caption_and_facts,
+    draw_scene,
+    sample_scene,
+    scene_labels,
+)
+from fastldm.scenes.captions import EVALUATION_PHRASINGS, FACTS, MAX_WORDS, phrase, words
 from fastldm.scenes.vocabulary import NOUNS
 
 COLOUR_OF = {colour: colour for colour in COLOURS} | {"violet": "purple"}
@@ -18,6 +32,19 @@ PLACES = (
     r"|in the (upper|lower)|(?:in|at) the (middle|cent)"
 )
 PLACE_OF = {"upper": "top", "lower": "bottom", "middle": "centre", "cent": "centre"}
+SKY_WORDS = {"day": "day", "daytime": "day", "sunset": "sunset", "evening": "sunset", "night": "night"}
+SKY_WORDS |= {"sunny": "day", "starry": "night"}
+LANDSCAPE_WORDS = {name: name for name in LANDSCAPES} | {"grassy": "meadow", "grass": "meadow"}
+LANDSCAPE_WORDS |= {
+    "snowy": "snow",
+    "ocean": "sea",
+    "water": "sea",
+    "dunes": "desert",
+    "sandy beach": "beach",
+}
+STYLE_WORDS = {"flat": "flat", "pixel": "pixel", "pixelated": "pixel", "pixels": "pixel"}
+STYLE_WORDS |= {"watercolour": "watercolour", "watercolor": "watercolour"}
+STYLE_WORDS |= dict.fromkeys(("outlined", "outline", "outlines", "line"), "outlined")
 NUMBER_OF = {"pair": 2, "couple": 2, "two": 2, "three": 3, "four": 4, "2": 2, "3": 3, "4": 4}
 
 
@@ -45,9 +72,65 @@ def test_captions_use_only_the_vocabulary():
     assert len(used) >= 90
 
 
+@settings(max_examples=300, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.integers(1, 4))
+def test_captions_of_every_stage_are_short_and_within_the_vocabulary(seed, stage):
+    rng = np.random.default_rng(seed)
+    text, told = caption_and_facts(draw_scene(rng, stage), rng)
+    assert len(words(text)) <= MAX_WORDS
+    assert set(words(text)) <= set(VOCABULARY)
+    assert told <= set(FACTS) | {"count", "relation"}
+
+
+def test_longest_captions_leave_facts_out_and_never_an_object():
+    left_out = 0
+    rng = np.random.default_rng(0)
+    for _ in range(400):
+        scene = sample_scene(rng, 4, sky="night", style="watercolour", size="medium")
+        text, told = caption_and_facts(scene, rng)
+        assert len(words(text)) <= MAX_WORDS
+        kinds = found(KIND_OF, text)
+        assert set(kinds) == {thing.kind for thing in scene.objects}, text
+        left_out += "colour" in told and not told & {"size", "background", "sky"}
+    assert left_out > 0
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_landscape_sky_and_style_are_told_truly(style):
+    seen = set()
+    for scene, text, told in captioned(7, 500, sky=None, background="desert", style=style):
+        check_scenery(scene, text, told)
+    rng = np.random.default_rng(8)
+    for _ in range(600):
+        sky = SKIES[int(rng.integers(3))]
+        scene = sample_scene(rng, sky=sky, style=style)
+        text, told = caption_and_facts(scene, rng)
+        check_scenery(scene, text, told)
+        seen |= told
+    assert {"sky", "background", "style"} <= seen
+
+
+def check_scenery(scene, text, told):
+    def said(table, fact, truth):
+        assert set(found(table, text)) == ({truth} if fact in told else set()), text
+
+    said(LANDSCAPE_WORDS, "background", scene.background)
+    said(SKY_WORDS, "sky", scene.sky)
+    said(STYLE_WORDS, "style", scene.style)
+
+
+@pytest.mark.parametrize("style", STYLES[1:])
+def test_an_untold_style_is_mostly_flat(style):
+    untold = {
+        style: sum("style" not in told for _, _, told in captioned(9, 300, style=style))
+        for style in ("flat", style)
+    }
+    assert untold["flat"] > 5 * untold[style]
+
+
 def test_vocabulary_is_sorted_unique_and_plain():
     assert list(VOCABULARY) == sorted(set(VOCABULARY))
-    assert 140 <= len(VOCABULARY) <= 200
+    assert 180 <= len(VOCABULARY) <= 220
     assert all(words(word) == [word] for word in VOCABULARY)
     needed = "under yellow sun night sky watercolour pixel left above four meadow sunset an outlined"
     assert set(needed.split()) <= set(VOCABULARY)
@@ -133,9 +216,16 @@ def test_labels_name_the_facts():
             "colour": thing.colour,
             "background": scene.background,
             "size": thing.size,
+            "style": "flat",
         }
         assert {fact: FACTS[fact][labels[fact]] for fact in facts} == facts
         assert FACTS["position"][labels["position"]] == thing.position
+        assert labels["sky"] == -1
+    labels = scene_labels(
+        sample_scene(np.random.default_rng(0), background="sea", sky="night", style="pixel")
+    )
+    told = [FACTS[fact][labels[fact]] for fact in ("background", "sky", "style")]
+    assert told == ["sea", "night", "pixel"]
 
 
 def test_evaluation_phrasings_are_english_within_the_vocabulary():
