@@ -8,7 +8,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastldm.scenes import Scene, caption_and_facts, draw_scene, render
+from fastldm.scenes import (
+    Scene,
+    caption_and_facts,
+    draw_scene,
+    label_prompt,
+    layout_of,
+    layout_prompt,
+    render,
+)
+
+LAYOUTS = 0.1
+LABELS = 0.1
+"""Chances that a picture's prompt is a layout of boxes, or a class label where it shows one object."""
 
 
 @dataclass(frozen=True)
@@ -44,9 +56,21 @@ class SceneData:
         return to_model(images), torch.stack([self.segmentation[window] for window in windows])
 
     def captions(self, rows: list[int], generator: torch.Generator) -> list[tuple[str, frozenset[str]]]:
-        """A fresh caption for each row, and the facts that it told."""
+        """A fresh caption for each row, and the facts that it told; now and then a label or a layout."""
         rng = np.random.default_rng(int(torch.randint(2**62, (1,), generator=generator)))
-        return [caption_and_facts(self.scenes[row], rng) for row in rows]
+        return [prompt_and_facts(self.scenes[row], rng) for row in rows]
+
+
+def prompt_and_facts(scene: Scene, rng: np.random.Generator) -> tuple[str, frozenset[str]]:
+    """What a picture of the scene may be asked for by, as a caption, a class label or a layout of boxes."""
+    lot = rng.random()
+    if lot < LAYOUTS:
+        colours = bool(rng.integers(2))
+        told = frozenset({"kind", "count", "colour"} if colours else {"kind", "count"})
+        return layout_prompt(layout_of(scene, colours)), told
+    if lot < LAYOUTS + LABELS and len(scene.objects) == 1:
+        return label_prompt(scene.objects[0].kind), frozenset({"kind", "count"})
+    return caption_and_facts(scene, rng)
 
 
 def to_model(images: Tensor) -> Tensor:
