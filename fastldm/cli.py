@@ -159,7 +159,7 @@ def train(options: dict[str, Any]) -> None:
     """Train the model that a TOML file describes."""
     from fastldm.training import run
 
-    run.main(options["config"])
+    run.main(options["config"], strict=options.get("strict", False))
 
 
 def tune(options: dict[str, Any]) -> None:
@@ -333,6 +333,7 @@ def _parser() -> Parser:
     command = commands.add_parser("train", help=train.__doc__, argument_default=argparse.SUPPRESS)
     command.set_defaults(run=train)
     command.add_argument("config", metavar="CONFIG.toml", help="what to train, on what, for how long")
+    command.add_argument("--strict", action="store_true", help="a picture that cannot be used is an error")
 
     command = commands.add_parser("tune", help=tune.__doc__, argument_default=argparse.SUPPRESS)
     command.set_defaults(run=tune)

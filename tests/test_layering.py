@@ -34,7 +34,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "presets": MODELS,
     "checkpoint": {"presets", *MODELS},
     "tasks": {"presets", *MODELS},
-    "training": {"checkpoint", "scenes", *MODELS},
+    "training": {"checkpoint", "scenes", "images", *MODELS},
     "footprint": {"arguments", "checkpoint", "models", "ops", "errors"},
     "pipeline": {"footprint", *STAGES, *FRONT, *MODELS},
     "api": {"pipeline", *STAGES, *FRONT, *MODELS},

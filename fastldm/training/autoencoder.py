@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -11,9 +9,10 @@ from torch import Tensor, nn
 from fastldm.models.layers import Conv2d, channels_last
 from fastldm.models.vae import AutoencoderKL, DiagonalGaussian, VAEConfig
 from fastldm.scenes import KINDS
-from fastldm.training.config import AutoencoderSection, TrainConfig
-from fastldm.training.data import SceneData, to_model
-from fastldm.training.fit import FitSettings, fit
+from fastldm.training.config import AutoencoderSection
+from fastldm.training.data import PictureData, to_model
+from fastldm.training.fit import FitSettings
+from fastldm.training.session import Session
 
 
 class Alignment(nn.Module):
@@ -58,10 +57,11 @@ def drawn(posterior: DiagonalGaussian, generator: torch.Generator, noise: float)
     row: what a decoder must see through, for generated latents are never quite right.
     """
     mean = posterior.mean
-    latents = posterior.sample(torch.randn(mean.shape, generator=generator, dtype=mean.dtype))
+    latents = posterior.sample(torch.randn(mean.shape, generator=generator, dtype=mean.dtype).to(mean.device))
     if noise:
-        level = noise * torch.rand((len(mean), 1, 1, 1), generator=generator) * mean.detach().std()
-        latents = latents + level * torch.randn(mean.shape, generator=generator)
+        level = noise * torch.rand((len(mean), 1, 1, 1), generator=generator)
+        more = (level * torch.randn(mean.shape, generator=generator)).to(mean.device)
+        latents = latents + mean.detach().std() * more
     return latents
 
 
@@ -85,34 +85,37 @@ def autoencoder_loss(
 @torch.inference_mode()
 def encode_all(vae: AutoencoderKL, images: Tensor, batch: int = 32) -> tuple[Tensor, Tensor]:
     """Posterior means and standard deviations of pictures uint8 [N, H, W, 3], unscaled: float32 [N, C, h, w]
-    each.
+    each, on the CPU.
     """
+    device = next(vae.parameters()).device
     means, deviations = [], []
     for part in images.split(batch):
-        posterior = vae.encode(to_model(part))
-        means.append(posterior.mean.contiguous())
-        deviations.append(torch.exp(0.5 * posterior.logvar).contiguous())
+        posterior = vae.encode(to_model(part.to(device)))
+        means.append(posterior.mean.contiguous().cpu())
+        deviations.append(torch.exp(0.5 * posterior.logvar).contiguous().cpu())
     return torch.cat(means), torch.cat(deviations)
 
 
 @torch.inference_mode()
-def psnr(vae: AutoencoderKL, data: SceneData, batch: int = 16) -> float:
-    """Peak signal-to-noise ratio of reconstructions from the posterior mean, in dB, over pictures."""
+def psnr(vae: AutoencoderKL, images: Tensor, batch: int = 16) -> float:
+    """Peak signal-to-noise ratio of reconstructions from the posterior mean, in dB: the mean over pictures
+    uint8 [N, H, W, 3].
+    """
+    device = next(vae.parameters()).device
     values = []
-    for images in data.images.split(batch):
-        decoded = vae.decode(vae.encode(to_model(images)).mean).clamp(-1, 1)
+    for part in images.split(batch):
+        given = part.to(device)
+        decoded = vae.decode(vae.encode(to_model(given)).mean).clamp(-1, 1)
         shown = (decoded.permute(0, 2, 3, 1) * 127.5 + 127.5).round()
-        error = (shown - images.float()).square().mean(dim=(1, 2, 3)).clamp_min(1e-3)
+        error = (shown - given.float()).square().mean(dim=(1, 2, 3)).clamp_min(1e-3)
         values.append(10 * torch.log10(255.0**2 / error))
     return float(torch.cat(values).mean())
 
 
-def train_autoencoder(
-    config: TrainConfig, data: SceneData, report: Callable[[str], None] = print
-) -> AutoencoderKL:
+def train_autoencoder(session: Session, data: PictureData) -> AutoencoderKL:
     """Train from the seed, or resume; its scaling factor is set later, from the latents it makes."""
-    section = config.autoencoder
-    torch.manual_seed(config.seed)
+    section = session.config.autoencoder
+    torch.manual_seed(session.config.seed)
     vae = AutoencoderKL(
         VAEConfig(
             block_out_channels=section.block_out_channels,
@@ -121,40 +124,39 @@ def train_autoencoder(
             norm_num_groups=section.norm_num_groups,
         )
     )
-    model = channels_last(Alignment(vae))
+    model = channels_last(Alignment(vae)).to(session.device)
 
     def loss(step: int, generator: torch.Generator) -> Tensor:
-        images, segmentation = _batch(section, section.fit, data, step, generator)
+        images, segmentation = _batch(session, section.fit, data, step, generator)
         return autoencoder_loss(model, images, segmentation, generator, section)
 
-    fit("autoencoder", model, loss, section.fit, config.folder, config.seed, report, config.bfloat16)
+    session.fit("autoencoder", model, loss, section.fit, seed=0)
     return vae
 
 
-def train_decoder(
-    config: TrainConfig, vae: AutoencoderKL, data: SceneData, report: Callable[[str], None] = print
-) -> None:
+def train_decoder(session: Session, vae: AutoencoderKL, data: PictureData) -> None:
     """Go on with the decoder alone, if the configuration says so; the encoder, and so every latent, stays."""
-    section, settings = config.autoencoder, config.autoencoder.decoder
+    section = session.config.autoencoder
+    settings = section.decoder
     if settings is None:
         return
 
     def loss(step: int, generator: torch.Generator) -> Tensor:
-        images, _ = _batch(section, settings, data, step, generator)
+        images, _ = _batch(session, settings, data, step, generator)
         with torch.no_grad():
             posterior = vae.encode(images)
-        latents = drawn(posterior, generator, section.noise)
-        return reconstruction_loss(images, vae.decode(latents))
+        return reconstruction_loss(images, vae.decode(drawn(posterior, generator, section.noise)))
 
-    seed = config.seed + 3
-    fit("decoder", vae.decoder, loss, settings, config.folder, seed, report, config.bfloat16)
+    session.fit("decoder", vae.decoder, loss, settings, seed=3)
 
 
 def _batch(
-    section: AutoencoderSection, settings: FitSettings, data: SceneData, step: int, generator: torch.Generator
+    session: Session, settings: FitSettings, data: PictureData, step: int, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
     """Crops, and in the last share of the steps whole pictures, as many pixels a batch."""
-    size = data.images.shape[1]
-    if step < round(settings.steps * (1 - section.whole)):
-        return data.crops(settings.batch, section.crop, generator)
-    return data.crops(max(1, settings.batch * section.crop**2 // size**2), size, generator)
+    section, size = session.config.autoencoder, data.images.shape[1]
+    rows, side = settings.batch, section.crop
+    if step >= round(settings.steps * (1 - section.whole)):
+        rows, side = max(1, rows * side**2 // size**2), size
+    images, maps = data.crops(rows, side, generator)
+    return images.to(session.device), maps.to(session.device)

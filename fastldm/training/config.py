@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fastldm.errors import InvalidArgument
+from fastldm.scenes.palette import IMAGE_SIZE
 from fastldm.training.fit import FitSettings
 
 if sys.version_info >= (3, 11):
@@ -37,9 +38,9 @@ class AutoencoderSection:
 
 @dataclass(frozen=True)
 class TextSection:
-    """The text encoder: its shape, and its first training to read the facts of a caption."""
+    """The text encoder: its shape, and on scenes its first training to read the facts of a caption."""
 
-    fit: FitSettings
+    fit: FitSettings | None = None
     width: int = 128
     layers: int = 2
     heads: int = 4
@@ -57,7 +58,7 @@ class DiffusionSection:
     layers_per_block: int = 1
     norm_num_groups: int = 8
     caption_dropout: float = 0.1
-    pictures: int = 12_000
+    pictures: int = 12_000  # scenes to draw; of a folder all
     stage: int = 1  # of the world: see fastldm.scenes.mixture
     hinted: float = 0.0  # share of the rows that are given a mask, a map or a small picture
     hints: int = 4_000  # pictures that hints are made of
@@ -72,14 +73,42 @@ class TrainConfig:
     folder: Path
     output: Path
     autoencoder: AutoencoderSection
-    text: TextSection
     diffusion: DiffusionSection
+    text: TextSection = TextSection()
     seed: int = 0
-    pictures: int = 20_000
-    stage: int = 1  # of the world that the autoencoder and the text encoder learn
+    data: Path | None = None  # a folder of pictures with captions; None: the world of fastldm.scenes
+    side: int = 128  # of the pictures, in pixels
+    pictures: int = 20_000  # scenes that the autoencoder and the text encoder learn from
+    stage: int = 1  # of the world that they learn
     threads: int = 2
+    device: str = "auto"  # or cpu, cuda
     start: Path | None = None  # a model folder to go on from: its UNet and text encoder learn on
     bfloat16: bool = False  # products and convolutions in bfloat16, weights and sums in float32
+    tensorboard: bool = False
+
+    def __post_init__(self) -> None:
+        """InvalidArgument for choices that contradict each other."""
+        if self.device not in ("auto", "cpu", "cuda"):
+            raise InvalidArgument("device", self.device, "auto, cpu or cuda")
+        factor = 2 ** (len(self.autoencoder.block_out_channels) - 1)
+        multiple = factor * 2 ** (len(self.diffusion.block_out_channels) - 1)
+        if self.side % multiple:
+            raise InvalidArgument("side", self.side, f"a multiple of {multiple}, which the levels divide")
+        levels = len(self.diffusion.block_out_channels)
+        for name in ("transformer_depth", "heads"):
+            given = getattr(self.diffusion, name)
+            if len(given) != levels:
+                raise InvalidArgument(f"diffusion.{name}", list(given), f"{levels} numbers, one a level")
+        if self.data is None:
+            if self.side != IMAGE_SIZE:
+                raise InvalidArgument("side", self.side, f"{IMAGE_SIZE}, the scenes' own, without data")
+            return
+        for name, given in (
+            ("text.fit", self.text.fit),
+            ("autoencoder.alignment", self.autoencoder.alignment),
+        ):
+            if given:
+                raise InvalidArgument(name, given, "absent with data: only scenes tell what they show")
 
 
 def read_config(file: Path) -> TrainConfig:
@@ -125,6 +154,9 @@ def _value(kind: Any, given: Any, name: str) -> Any:
     elif kind == "Path":
         if isinstance(given, str):
             return Path(given).expanduser()
+    elif kind == "str":
+        if isinstance(given, str):
+            return given
     elif kind == "bool":
         if isinstance(given, bool):
             return given

@@ -1,7 +1,8 @@
-"""Pictures of scenes with their captions, drawn once from a seed and kept in memory."""
+"""Pictures with captions, in memory; those of scenes are drawn from a seed."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,11 +25,32 @@ LABELS = 0.1
 
 
 @dataclass(frozen=True)
-class SceneData:
-    """`images` uint8 [N, 128, 128, 3]; their segmentation maps uint8 [N, 128, 128]; the scenes they show."""
+class PictureData(ABC):
+    """`images` uint8 [N, S, S, 3], and maps of the classes that they show, uint8 [N, S, S], 0 for none."""
 
     images: Tensor
     segmentation: Tensor
+
+    @abstractmethod
+    def captions(self, rows: list[int], generator: torch.Generator) -> list[tuple[str, frozenset[str]]]:
+        """A caption for each row, and the facts that it told, as far as they are known."""
+
+    def crops(self, batch: int, side: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Random crops: float32 in −1…1 [batch, 3, side, side], and their maps uint8 [batch, side, side]."""
+        rows = torch.randint(len(self.images), (batch,), generator=generator).tolist()
+        room = self.images.shape[1] - side + 1
+        corners = torch.randint(room, (batch, 2), generator=generator).tolist()
+        windows = [
+            (row, slice(y, y + side), slice(x, x + side)) for row, (y, x) in zip(rows, corners, strict=True)
+        ]
+        images = torch.stack([self.images[window] for window in windows])
+        return to_model(images), torch.stack([self.segmentation[window] for window in windows])
+
+
+@dataclass(frozen=True)
+class SceneData(PictureData):
+    """Pictures of scenes, drawn from a seed; their captions are phrased anew each time."""
+
     scenes: tuple[Scene, ...]
 
     @classmethod
@@ -43,17 +65,6 @@ class SceneData:
             drawn = render(scene)
             images[i], maps[i] = drawn.image, drawn.segmentation
         return cls(torch.from_numpy(images), torch.from_numpy(maps), scenes)
-
-    def crops(self, batch: int, side: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Random crops: float32 in −1…1 [batch, 3, side, side], and their maps uint8 [batch, side, side]."""
-        rows = torch.randint(len(self.scenes), (batch,), generator=generator).tolist()
-        room = self.images.shape[1] - side + 1
-        corners = torch.randint(room, (batch, 2), generator=generator).tolist()
-        windows = [
-            (row, slice(y, y + side), slice(x, x + side)) for row, (y, x) in zip(rows, corners, strict=True)
-        ]
-        images = torch.stack([self.images[window] for window in windows])
-        return to_model(images), torch.stack([self.segmentation[window] for window in windows])
 
     def captions(self, rows: list[int], generator: torch.Generator) -> list[tuple[str, frozenset[str]]]:
         """A fresh caption for each row, and the facts that it told; now and then a label or a layout."""

@@ -17,9 +17,8 @@ from fastldm.models.hints import hint_channels
 from fastldm.models.layers import channels_last
 from fastldm.models.tokenizer import Tokenizer
 from fastldm.models.unet import UNet, UNetConfig
-from fastldm.training.config import TrainConfig
-from fastldm.training.data import SceneData
-from fastldm.training.fit import fit
+from fastldm.training.data import PictureData
+from fastldm.training.session import Session
 from fastldm.training.text import token_ids
 
 # A flat picture of 16 × 16 latents shows through much noise, so half of the steps have to be noisier than
@@ -60,10 +59,10 @@ class TextToLatents(nn.Module):
         return prediction
 
 
-def new_unet(config: TrainConfig, latent_channels: int, context_width: int, side: int) -> UNet:
+def new_unet(session: Session, latent_channels: int, context_width: int, side: int) -> UNet:
     """The UNet of a configuration, with a hint block, from the seed."""
-    section = config.diffusion
-    torch.manual_seed(config.seed + 2)
+    section = session.config.diffusion
+    torch.manual_seed(session.config.seed + 2)
     unet = UNet(
         UNetConfig(
             in_channels=latent_channels + hint_channels(latent_channels),
@@ -78,22 +77,22 @@ def new_unet(config: TrainConfig, latent_channels: int, context_width: int, side
         )
     )
     nn.init.zeros_(unet.conv_out.weight)
-    return channels_last(unet)
+    return channels_last(unet).to(session.device)
 
 
 def train_diffusion(
-    config: TrainConfig,
-    data: SceneData,
+    session: Session,
+    data: PictureData,
     latents: tuple[Tensor, Tensor],
     hints: Tensor,
     tokenizer: Tokenizer,
     model: TextToLatents,
-    report: Callable[[str], None] = print,
+    sample: Callable[[int], None],
 ) -> None:
     """Train from the seed, or resume, on scaled latents, posterior means and deviations [N, C, h, w], and the
     hints of the first of them [n, C + 4, h, w].
     """
-    section = config.diffusion
+    section, device = session.config.diffusion, session.device
     means, deviations = latents
     kept = alphas_cumprod(SCHEDULER)
 
@@ -110,7 +109,9 @@ def train_diffusion(
         noise = torch.randn(clean.shape, generator=generator)
         times = torch.randint(len(kept), (batch,), generator=generator)
         alpha, sigma = kept[times].sqrt().float(), (1 - kept[times]).sqrt().float()
-        predicted = model(add_noise(clean, noise, alpha, sigma), times, token_ids(tokenizer, texts), hint)
-        return simple_loss(predicted, target(SCHEDULER.prediction, clean, noise, alpha, sigma)).mean()
+        noisy = add_noise(clean, noise, alpha, sigma).to(device)
+        wanted = target(SCHEDULER.prediction, clean, noise, alpha, sigma).to(device)
+        ids = token_ids(tokenizer, texts).to(device)
+        return simple_loss(model(noisy, times.to(device), ids, hint.to(device)), wanted).mean()
 
-    fit("diffusion", model, loss, section.fit, config.folder, config.seed + 2, report, config.bfloat16)
+    session.fit("diffusion", model, loss, section.fit, seed=2, sample=sample)

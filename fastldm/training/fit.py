@@ -1,14 +1,12 @@
-"""One optimisation loop for every stage: seeded, resumable at any step, with warm-up, cosine decay,
-clipping and EMA.
+"""One optimisation loop for every stage: seeded, resumable at any step, with warm-up, decay, clipping,
+accumulation and EMA, on one process or several.
 """
 
 from __future__ import annotations
 
-import csv
 import math
-import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,11 @@ from torch import Tensor, nn
 
 from fastldm.checkpoint.atomic import replacing
 from fastldm.errors import CheckpointError, NonFiniteOutput
+from fastldm.training.curve import Curve
+from fastldm.training.parallel import ALONE, Workers, gradients
+
+Loss = Callable[[int, torch.Generator], Tensor]
+LINE_EVERY = 50
 
 
 @dataclass(frozen=True)
@@ -27,15 +30,17 @@ class FitSettings:
     """
 
     steps: int
-    batch: int
+    batch: int  # rows of one pass; a step takes accumulate passes on each process
     learning_rate: float
     warmup: int = 100
     decay: float = 1.0
     weight_decay: float = 0.01
     clip: float = 1.0
+    accumulate: int = 1
     ema_decay: float = 0.0  # 0: no moving average
     save_every: int = 500
     keep_every: int = 0  # steps between averages that are kept for good; 0: none
+    sample_every: int = 0  # steps between sample grids, where the stage draws any; 0: none
 
     def rate(self, step: int) -> float:
         """Learning rate at a step, counted from 0."""
@@ -66,34 +71,41 @@ class Average:
 
     @contextmanager
     def swapped_in(self, module: nn.Module) -> Iterator[None]:
-        """Within the block the module holds the averages."""
+        """Within the block the module holds the averages, in evaluation mode."""
         kept = {name: p.detach().clone() for name, p in module.named_parameters()}
         module.load_state_dict(self.values, strict=False)
+        module.eval()
         try:
             yield
         finally:
             module.load_state_dict(kept, strict=False)
+            module.train()
 
 
 def fit(
     name: str,
     module: nn.Module,
-    loss: Callable[[int, torch.Generator], Tensor],
+    loss: Loss,
     settings: FitSettings,
     folder: Path,
     seed: int,
     report: Callable[[str], None] = print,
     bfloat16: bool = False,
+    *,
+    workers: Workers = ALONE,
+    sample: Callable[[int], None] | None = None,
+    tensorboard: bool = False,
 ) -> None:
     """Minimise loss(step, generator) over the module's parameters; ends with the averaged weights in the
     module.
 
-    `bfloat16`: the loss is computed under autocast; weights, averages and the optimiser stay float32.
+    Every pass draws from a generator seeded by (seed, step, pass), so a run resumed from `folder/name.pt`
+    equals an unbroken one, and processes that share the passes do what one would that accumulates them all.
+    The state is written to a temporary name and renamed; `folder/name.csv` gets step, loss, learning rate and
+    seconds. A loss that is NaN or Inf raises NonFiniteOutput and leaves the last saved state.
 
-    Every step draws from a generator seeded by (seed, step), so a run resumed from `folder/name.pt` equals
-    an unbroken one. The state is written to a temporary name and renamed; `folder/name.csv` gets step,
-    loss, learning rate and seconds. A loss that is NaN or Inf raises NonFiniteOutput and leaves the last
-    saved state.
+    `bfloat16`: the loss is computed under autocast; weights, averages and the optimiser stay float32.
+    `sample`: called with the step, every `settings.sample_every`, while the module holds the averages.
     """
     folder.mkdir(parents=True, exist_ok=True)
     state_file = folder / f"{name}.pt"
@@ -107,45 +119,68 @@ def fit(
     average = Average(module, settings.ema_decay)
     start = _resume(state_file, module, optimizer, average)
     module.train()
-    began, total = time.perf_counter(), torch.zeros(())
-    with open(folder / f"{name}.csv", "a" if start else "w", newline="") as log:
-        curve = csv.writer(log)
+    total, since = 0.0, start
+    with ExitStack() as stack:
+        curve = None
+        if workers.leads and start < settings.steps:
+            curve = stack.enter_context(Curve(folder, name, start, report, tensorboard))
         for step in range(start, settings.steps):
-            generator = torch.Generator().manual_seed((seed << 32) + step)
             for group in optimizer.param_groups:
                 group["lr"] = settings.rate(step)
-            with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
-                value = loss(step, generator)
-            if not torch.isfinite(value.detach()):
+            value = _backward(module, loss, step, seed, settings.accumulate, workers, bfloat16)
+            if not math.isfinite(value):
                 raise NonFiniteOutput(
-                    f"{name}: the loss is {value.item()} at step {step}; the last good state is {state_file}"
+                    f"{name}: the loss is {value} at step {step}; the last good state is {state_file}"
                 )
-            optimizer.zero_grad(set_to_none=True)
-            value.backward()
             nn.utils.clip_grad_norm_(module.parameters(), settings.clip)
             optimizer.step()
             if settings.ema_decay:
                 average.update(module, step)
-            total += value.detach()
-            if (step + 1) % 50 == 0 or step + 1 == settings.steps:
-                span = (step - start) % 50 + 1
-                seconds = time.perf_counter() - began
-                curve.writerow(
-                    [step + 1, f"{float(total) / span:.5f}", f"{settings.rate(step):.2e}", f"{seconds:.1f}"]
-                )
-                log.flush()
-                left = seconds / (step + 1 - start) * (settings.steps - step - 1)
-                done = f"{name} {step + 1}/{settings.steps}"
-                report(f"{done}  loss {float(total) / span:.4f}  {left / 60:.1f} min left")
-                total.zero_()
-            if settings.keep_every and (step + 1) % settings.keep_every == 0:
-                with replacing(folder / f"{name}-{step + 1}.pt") as temporary:
+            total += value
+            if curve is None:
+                continue
+            done = step + 1
+            last = done == settings.steps
+            if done % LINE_EVERY == 0 or last:
+                curve.add(done, settings.steps, total / (done - since), settings.rate(step))
+                total, since = 0.0, done
+            if settings.keep_every and done % settings.keep_every == 0:
+                with replacing(folder / f"{name}-{done}.pt") as temporary:
                     torch.save(average.values if settings.ema_decay else module.state_dict(), temporary)
-            if (step + 1) % settings.save_every == 0 or step + 1 == settings.steps:
-                _save(state_file, step + 1, module, optimizer, average)
+            if done % settings.save_every == 0 or last:
+                _save(state_file, done, module, optimizer, average)
+                curve.draw()
+            if sample is not None and settings.sample_every and (done % settings.sample_every == 0 or last):
+                with average.swapped_in(module):
+                    sample(done)
+    workers.wait()
     if settings.ema_decay:
         module.load_state_dict(average.values, strict=False)
     module.eval()
+
+
+def _backward(
+    module: nn.Module,
+    loss: Loss,
+    step: int,
+    seed: int,
+    accumulate: int,
+    workers: Workers,
+    bfloat16: bool,
+) -> float:
+    """Leave the mean gradient of a step's passes, over all processes, in the module; return the mean loss."""
+    device = next(module.parameters()).device
+    passes = accumulate * workers.count
+    module.zero_grad(set_to_none=True)
+    value = torch.zeros((), device=device)
+    for part in range(workers.rank, passes, workers.count):
+        generator = torch.Generator().manual_seed((seed << 32) + step * passes + part)
+        with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
+            share = loss(step, generator) / passes
+        share.backward()
+        value += share.detach()
+    workers.summed([*gradients(module), value])
+    return float(value)
 
 
 def _save(
@@ -165,7 +200,8 @@ def _resume(file: Path, module: nn.Module, optimizer: torch.optim.Optimizer, ave
     """Load the saved state, if any, and return the step to go on from."""
     if not file.exists():
         return 0
-    state: dict[str, Any] = torch.load(file, weights_only=True)
+    device = next(module.parameters()).device
+    state: dict[str, Any] = torch.load(file, map_location=device, weights_only=True)
     try:
         module.load_state_dict(state["module"])
         optimizer.load_state_dict(state["optimizer"])

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastldm.models.hints import inpainting_hint, map_hint, upscaling_hint
-from fastldm.training.data import SceneData
+from fastldm.training.data import PictureData
 
 UPSCALING = 4
 GREY = 127.5
@@ -27,27 +27,31 @@ def random_masks(count: int, side: int, generator: torch.Generator) -> Tensor:
 
 
 def make_hints(
-    data: SceneData, count: int, encode: Callable[[Tensor], Tensor], generator: torch.Generator
+    data: PictureData, count: int, encode: Callable[[Tensor], Tensor], generator: torch.Generator
 ) -> Tensor:
-    """A hint for each of the first `count` pictures, of the three kinds in turn: [count, C + 4, h, w].
+    """A hint for each of the first `count` pictures, of the kinds in turn: inpainting, maps where the data
+    has any, upscaling. [count, C + 4, h, w]
 
     `encode`: pictures uint8 [N, H, W, 3] → scaled latents [N, C, h, w].
     """
     images, maps = data.images[:count], data.segmentation[:count]
     side = images.shape[1]
+    kinds = 3 if bool(maps.any()) else 2
+    first, last = slice(0, None, kinds), slice(kinds - 1, None, kinds)
 
-    masks = random_masks(len(images[0::3]), side, generator)
-    shown = images[0::3].permute(0, 3, 1, 2).float()
-    hidden = torch.where(masks.bool(), GREY, shown)
+    masks = random_masks(len(images[first]), side, generator)
+    hidden = torch.where(masks.bool(), GREY, images[first].permute(0, 3, 1, 2).float())
     inpainting = inpainting_hint(masks, encode(_to_pixels(hidden)))
 
-    small = F.interpolate(images[2::3].permute(0, 3, 1, 2).float(), scale_factor=1 / UPSCALING, mode="area")
+    small = F.interpolate(images[last].permute(0, 3, 1, 2).float(), scale_factor=1 / UPSCALING, mode="area")
     large = F.interpolate(small, (side, side), mode="bicubic", antialias=True)
-    upscaling = upscaling_hint(small / GREY - 1, encode(_to_pixels(large)))
 
-    channels, cells = inpainting.shape[1] - 4, (inpainting.shape[2], inpainting.shape[3])
     made = torch.empty((count, *inpainting.shape[1:]))
-    made[0::3], made[1::3], made[2::3] = inpainting, map_hint(maps[1::3], channels, cells), upscaling
+    made[first] = inpainting
+    made[last] = upscaling_hint(small / GREY - 1, encode(_to_pixels(large)))
+    if kinds == 3:
+        channels, cells = inpainting.shape[1] - 4, (inpainting.shape[2], inpainting.shape[3])
+        made[1::3] = map_hint(maps[1::3], channels, cells)
     return made
 
 

@@ -16,89 +16,121 @@ from fastldm.checkpoint.atomic import replacing
 from fastldm.models.layers import channels_last
 from fastldm.models.tokenizer import Tokenizer
 from fastldm.models.vae import AutoencoderKL
+from fastldm.scenes import VOCABULARY
 from fastldm.training.autoencoder import encode_all, psnr, train_autoencoder, train_decoder
-from fastldm.training.config import TrainConfig, read_config
-from fastldm.training.data import SceneData
+from fastldm.training.config import read_config
+from fastldm.training.data import PictureData, SceneData
 from fastldm.training.diffusion import SCHEDULER, TextToLatents, new_unet, train_diffusion
+from fastldm.training.folder import FolderData
 from fastldm.training.hints import make_hints
-from fastldm.training.text import train_text_encoder
+from fastldm.training.parallel import joined, local_device
+from fastldm.training.samples import PROMPTS, draw_samples
+from fastldm.training.session import Session
+from fastldm.training.text import new_text_encoder, train_text_encoder
+
+SHOWN = 8  # pictures of a sample grid
+JUDGED = 100  # pictures that the autoencoder is measured on
 
 
-def main(config_file: str | Path, report: Callable[[str], None] = print) -> Path:
+def main(config_file: str | Path, report: Callable[[str], None] = print, strict: bool = False) -> Path:
     """Train the model of a TOML configuration and return the folder it was written to, in the diffusers
     layout, bfloat16.
 
     Run it again after an interruption: it goes on from the last saved state and ends with the same weights.
+    Under torchrun the processes share the work. `strict`: a picture that cannot be used is an error.
     """
     config = read_config(Path(config_file))
+    device = local_device(config.device)
     before = torch.get_num_threads()
     torch.set_num_threads(config.threads)
     try:
-        vae, tokenizer, model = first_stages(config, report)
-        section = config.diffusion
-        report(f"drawing {section.pictures} pictures to learn")
-        data = SceneData.draw(section.pictures, config.seed + 2, section.stage)
-        latents, hints = scaled_latents(vae, data, section.hints, config)
-        train_diffusion(config, data, latents, hints, tokenizer, model, report)
+        with joined(device) as workers:
+            session = Session(config, device, workers, report)
+            folder = None
+            if config.data is not None:
+                folder = FolderData.read(config.data, config.side, strict, session.say)
+            vae, tokenizer, model = first_stages(session, folder)
+            section = config.diffusion
+            if folder is None:
+                session.say(f"drawing {section.pictures} pictures to learn")
+            data = folder or SceneData.draw(section.pictures, config.seed + 2, section.stage)
+            latents, hints = scaled_latents(session, vae, data)
+            prompts = PROMPTS if folder is None else folder.texts[:SHOWN]
+
+            def sample(step: int) -> None:
+                draw_samples(config.folder / f"samples-{step}.png", vae, model, tokenizer, prompts)
+
+            train_diffusion(session, data, latents, hints, tokenizer, model, sample)
+            if workers.leads:
+                save_folder(
+                    config.output,
+                    unet=model.unet,
+                    vae=vae,
+                    text_encoder=model.text_encoder,
+                    tokenizer=tokenizer,
+                    scheduler=SCHEDULER,
+                    dtype=torch.bfloat16,
+                )
+            workers.wait()
+            session.say(f"wrote {config.output}")
     finally:
         torch.set_num_threads(before)
-    save_folder(
-        config.output,
-        unet=model.unet,
-        vae=vae,
-        text_encoder=model.text_encoder,
-        tokenizer=tokenizer,
-        scheduler=SCHEDULER,
-        dtype=torch.bfloat16,
-    )
-    report(f"wrote {config.output}")
     return config.output
 
 
 def first_stages(
-    config: TrainConfig, report: Callable[[str], None] = print
+    session: Session, folder: FolderData | None
 ) -> tuple[AutoencoderKL, Tokenizer, TextToLatents]:
     """The autoencoder and the text encoder, trained or resumed, and a UNet that starts from nothing; or all
     of them from the model folder that the configuration starts from.
     """
+    config = session.config
     if config.start is not None:
-        given = load_components(config.start)
+        given = load_components(config.start, device=session.device)
         model = TextToLatents(channels_last(given.unet), given.text_encoder).requires_grad_(True)
         return channels_last(given.vae), given.tokenizer, model
-    report(f"drawing {config.pictures} pictures")
-    data = SceneData.draw(config.pictures, config.seed, config.stage)
-    tokenizer, text_encoder = train_text_encoder(config, data, report)
-    vae = train_autoencoder(config, data, report)
-    train_decoder(config, vae, data, report)
-    fresh = SceneData.draw(100, config.seed + 1, config.stage)
-    report(f"reconstruction of fresh pictures: {psnr(vae, fresh):.2f} dB")
+    if folder is None:
+        session.say(f"drawing {config.pictures} pictures")
+    data = folder or SceneData.draw(config.pictures, config.seed, config.stage)
+    tokenizer = Tokenizer.from_words(folder.vocabulary() if folder else VOCABULARY, config.text.length)
+    text_encoder = new_text_encoder(session, tokenizer)
+    if isinstance(data, SceneData):
+        train_text_encoder(session, tokenizer, text_encoder, data)
+    vae = train_autoencoder(session, data)
+    train_decoder(session, vae, data)
+    seen = folder or SceneData.draw(JUDGED, config.seed + 1, config.stage)
+    what = "the first" if folder else "fresh"
+    session.say(f"reconstruction of {what} pictures: {psnr(vae, seen.images[:JUDGED]):.2f} dB")
     side = data.images.shape[1] // vae.config.factor
-    unet = new_unet(config, vae.config.latent_channels, text_encoder.config.hidden_size, side)
+    unet = new_unet(session, vae.config.latent_channels, text_encoder.config.hidden_size, side)
     return vae, tokenizer, TextToLatents(unet, text_encoder)
 
 
 def scaled_latents(
-    vae: AutoencoderKL, data: SceneData, hinted: int, config: TrainConfig
+    session: Session, vae: AutoencoderKL, data: PictureData
 ) -> tuple[tuple[Tensor, Tensor], Tensor]:
     """Posterior means and deviations of all pictures, scaled to zero mean and unit variance over all, and
-    hints for the first `hinted`.
+    hints for the first of them.
 
     A new autoencoder's config takes up the scale and shift. Kept in the run's folder, where a resumed run
     finds them.
     """
+    config = session.config
     cache = config.folder / "latents.pt"
-    if not cache.exists():
+    if session.workers.leads and not cache.exists():
         means, deviations = encode_all(vae, data.images)
         if config.start is None:
             scale, shift = 1 / float(means.std()), float(means.mean())
             vae.config = replace(vae.config, scaling_factor=scale, shift_factor=shift)
         generator = torch.Generator().manual_seed(config.seed + 4)
-        hints = make_hints(data, hinted, lambda images: _scaled(vae, encode_all(vae, images)[0]), generator)
+        count = min(config.diffusion.hints, len(data.images))
+        hints = make_hints(data, count, lambda images: _scaled(vae, encode_all(vae, images)[0]), generator)
         config.folder.mkdir(parents=True, exist_ok=True)
         with replacing(cache) as temporary:
             scaling = {"scaling_factor": vae.config.scaling_factor, "shift_factor": vae.config.shift_factor}
             latents = _scaled(vae, means), deviations * vae.config.scaling_factor
             torch.save({**scaling, "latents": latents, "hints": hints}, temporary)
+    session.workers.wait()
     kept = torch.load(cache, weights_only=True)
     latents, hints = kept.pop("latents"), kept.pop("hints")
     vae.config = replace(vae.config, **kept)

@@ -7,7 +7,7 @@ there are, and what lies behind them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -28,10 +28,8 @@ from fastldm.scenes import (
     Scene,
     relation,
 )
-from fastldm.scenes.vocabulary import VOCABULARY
-from fastldm.training.config import TrainConfig
 from fastldm.training.data import SceneData
-from fastldm.training.fit import fit
+from fastldm.training.session import Session
 
 UNTOLD = -1
 QUESTIONS: dict[str, int] = (
@@ -102,13 +100,10 @@ def reader_loss(logits: Sequence[Tensor], labels: Tensor) -> Tensor:
     return torch.stack(parts).sum() / len(labels)
 
 
-def train_text_encoder(
-    config: TrainConfig, data: SceneData, report: Callable[[str], None] = print
-) -> tuple[Tokenizer, CLIPTextModel]:
-    """Train from the seed, or resume; the classifiers are dropped."""
-    section = config.text
-    tokenizer = Tokenizer.from_words(VOCABULARY, section.length)
-    torch.manual_seed(config.seed + 1)
+def new_text_encoder(session: Session, tokenizer: Tokenizer) -> CLIPTextModel:
+    """The text encoder of a configuration, from the seed."""
+    section = session.config.text
+    torch.manual_seed(session.config.seed + 1)
     encoder = CLIPTextModel(
         CLIPTextConfig(
             vocab_size=tokenizer.vocab_size,
@@ -122,13 +117,23 @@ def train_text_encoder(
             projection_dim=section.width,
         )
     )
-    reader = CaptionReader(encoder)
+    return encoder.to(session.device)
+
+
+def train_text_encoder(
+    session: Session, tokenizer: Tokenizer, encoder: CLIPTextModel, data: SceneData
+) -> None:
+    """Train as a reader of captions, or resume; the classifiers are dropped."""
+    settings = session.config.text.fit
+    if settings is None:
+        return
+    reader = CaptionReader(encoder).to(session.device)
 
     def loss(step: int, generator: torch.Generator) -> Tensor:
-        rows = torch.randint(len(data.scenes), (section.fit.batch,), generator=generator).tolist()
+        rows = torch.randint(len(data.scenes), (settings.batch,), generator=generator).tolist()
         texts, facts = zip(*data.captions(rows, generator), strict=True)
         labels = [answers(data.scenes[row], told) for row, told in zip(rows, facts, strict=True)]
-        return reader_loss(reader(token_ids(tokenizer, texts)), torch.tensor(labels))
+        ids = token_ids(tokenizer, texts).to(session.device)
+        return reader_loss(reader(ids), torch.tensor(labels, device=session.device))
 
-    fit("text", reader, loss, section.fit, config.folder, config.seed + 1, report, config.bfloat16)
-    return tokenizer, encoder
+    session.fit("text", reader, loss, settings, seed=1)

@@ -163,6 +163,36 @@ def test_learning_rate_warms_up_and_decays_to_zero() -> None:
     assert late.rate(99) == pytest.approx(1.0) and late.rate(110) == pytest.approx(0.0, abs=1e-12)
 
 
+def test_a_full_disk_is_named_and_the_last_good_state_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, settings = problem(20)
+    save = torch.save
+
+    def full(state: dict[str, object], file: Path) -> None:
+        if state["step"] == 10:
+            file.write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+        save(state, file)
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(CheckpointError, match="No space left"):
+        fit("it", module, loss_of(module), settings, tmp_path, 1, str)
+    assert torch.load(tmp_path / "it.pt", weights_only=True)["step"] == 5
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["it.csv", "it.png", "it.pt"]
+
+
+def test_the_curve_of_a_resumed_run_has_each_step_once(tmp_path: Path) -> None:
+    rows = []
+    for steps in (120, 60, 120):  # as if the state of step 60 were all that a killed run left
+        module, settings = problem(steps)
+        fit("it", module, loss_of(module), settings, tmp_path, 1, str)
+        rows.append([int(line.split(",")[0]) for line in (tmp_path / "it.csv").read_text().splitlines()])
+        if steps == 120:
+            (tmp_path / "it.pt").unlink()
+    assert rows == [[50, 100, 120], [50, 60], [50, 60, 100, 120]]
+
+
 def test_averages_are_kept_on_the_way(tmp_path: Path) -> None:
     module, settings = problem(6, keep_every=3)
     fit("it", module, loss_of(module), settings, tmp_path, 1, str)
@@ -287,7 +317,7 @@ def test_psnr_and_encoding_of_a_known_autoencoder() -> None:
     nn.init.zeros_(vae.decoder.conv_out.bias)
     errors = [float(((128 - image.double()) ** 2).mean()) for image in data.images]
     want = sum(10 * math.log10(255**2 / error) for error in errors) / 3
-    assert psnr(vae, data) == pytest.approx(want, rel=1e-5)
+    assert psnr(vae, data.images) == pytest.approx(want, rel=1e-5)
     with torch.no_grad():
         means, deviations = encode_all(vae, data.images, batch=2)
         posterior = vae.encode(to_model(data.images[2:]))
