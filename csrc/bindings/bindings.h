@@ -22,6 +22,7 @@ T* pointer(Address address) {
 
 void bind_attention(pybind11::module_&);
 void bind_group_norm_silu(pybind11::module_&);
+void bind_group_norm_silu_backward(pybind11::module_&);
 void bind_guided_step(pybind11::module_&);
 void bind_interleave(pybind11::module_&);
 void bind_geglu(pybind11::module_&);

@@ -38,6 +38,32 @@ struct GroupNormSilu {
     int threads;
 };
 
+// The gradients of silu(group_norm(x + row_bias)) of dense channels-last rows [rows, pixels, channels].
+struct GroupNormSiluBackward {
+    const void* x;
+    const void* grad;       // of the result
+    void* grad_x;           // of x's type, as grad
+    float* grad_affine;     // [2, channels]: of bias, then of weight
+    float* grad_row_bias;   // [rows, channels]
+    const float* moments;   // [rows, 2, channels]: mean and variance of x
+    const float* weight;    // [channels]
+    const float* bias;      // [channels]
+    const float* row_bias;  // [rows, channels], or null
+    float* blocks;          // scratch [rows, blocks_of(pixels), 2, channels]
+    float* coefficients;    // scratch [rows, COEFFICIENTS, channels]
+    double* rstd;           // scratch [rows, groups]
+    double* sums;           // scratch [rows, 2, channels]
+    int64_t rows, pixels, channels, groups;
+    double eps;
+    bool silu;
+    Type type;
+    int threads;
+
+    static constexpr int64_t BLOCK = 64;  // pixels whose sums are float32; those of blocks are added in double
+    static constexpr int64_t COEFFICIENTS = 5;
+    static int64_t blocks_of(int64_t pixels) { return (pixels + BLOCK - 1) / BLOCK; }
+};
+
 // One tensor of a guided step: where it starts, and how many elements lie between slots, channels and pixels.
 struct Plane {
     void* data;
@@ -114,15 +140,16 @@ struct Attention {
     int64_t packed_size() const { return (keys + 15) / 16 * 16 * head_dim * 2; }
 };
 
-#define FASTLDM_DECLARE(isa)                     \
-    namespace isa {                              \
-    void attention(const Attention&);            \
-    void channel_moments(const ChannelMoments&); \
-    void group_norm_silu(const GroupNormSilu&);  \
-    void guided_step(const GuidedStep&);         \
-    void interleave(const Interleave&);          \
-    void geglu(const Geglu&);                    \
-    void layer_norm(const LayerNorm&);           \
+#define FASTLDM_DECLARE(isa)                                     \
+    namespace isa {                                              \
+    void attention(const Attention&);                            \
+    void channel_moments(const ChannelMoments&);                 \
+    void group_norm_silu(const GroupNormSilu&);                  \
+    void group_norm_silu_backward(const GroupNormSiluBackward&); \
+    void guided_step(const GuidedStep&);                         \
+    void interleave(const Interleave&);                          \
+    void geglu(const Geglu&);                                    \
+    void layer_norm(const LayerNorm&);                           \
     }
 
 FASTLDM_DECLARE(plain)

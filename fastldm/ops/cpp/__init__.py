@@ -1,8 +1,8 @@
 """The backend `cpp`: the CPU kernels of csrc/cpu, float32 and bfloat16, on the widest instruction set here.
 
 Importing this registers them, one module an op, or raises BackendUnavailable where fastldm._C is missing.
-FASTLDM_CPU_ISA caps the choice: plain, avx2, avx512 or avx512_bf16. The kernels have no backward, so the
-reference serves any call that autograd records.
+FASTLDM_CPU_ISA caps the choice: plain, avx2, avx512 or avx512_bf16. group_norm_silu alone has a backward;
+the reference serves any other call that autograd records.
 """
 
 from fastldm.ops.cpp import (

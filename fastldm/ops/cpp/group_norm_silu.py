@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fastldm.ops.cpp import extension
 from fastldm.ops.cpp.extension import _C, TAGS, TYPES, library, unwritten
+from fastldm.ops.cpp.group_norm_silu_backward import recorded
 from fastldm.ops.norm import channel_moments, group_norm_silu
 from fastldm.ops.raw import named, records, refuses_group_norm_silu
 
@@ -66,10 +67,27 @@ def _refuses(
     row_bias: Tensor | None = None,
     moments: Tensor | None = None,
 ) -> str | None:
+    if moments is not None and records(x, weight, bias, row_bias, moments):
+        return "autograd records the call, of which moments are given"
     return refuses_group_norm_silu("cpu", TYPES, x, weight, bias, groups, row_bias, moments)
 
 
-group_norm_silu.register("cpp", _refuses)(torch.ops.fastldm.cpp_group_norm_silu.default)
+@group_norm_silu.register("cpp", _refuses)
+def _call(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    groups: int,
+    eps: float = 1e-5,
+    silu: bool = True,
+    row_bias: Tensor | None = None,
+    moments: Tensor | None = None,
+) -> Tensor:
+    if records(x, weight, bias, row_bias):
+        return recorded(x, weight, bias, groups, eps, silu, row_bias)
+    kernel = torch.ops.fastldm.cpp_group_norm_silu.default
+    return kernel(x, weight, bias, groups, eps, silu, row_bias, moments)
+
 
 library.define("cpp_channel_moments(Tensor x) -> Tensor", tags=TAGS)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastldm.ops.cuda.extension import TAGS, TYPES, _cuda, library, stream
 from fastldm.ops.norm import group_norm_silu
-from fastldm.ops.raw import refuses_group_norm_silu
+from fastldm.ops.raw import records, refuses_group_norm_silu
 
 CLUSTERS = 9  # the compute capability that brought thread-block clusters
 SPLITS = (1, 2, 4, 8)  # blocks of a cluster; 8 is the most that every device grants
@@ -131,6 +131,8 @@ def _refuses(
     why = refuses_group_norm_silu("cuda", TYPES, x, weight, bias, groups, row_bias)
     if why is not None:
         return why
+    if records(x, weight, bias, row_bias):
+        return "autograd records the call"
     if torch.cuda.get_device_capability(x.device)[0] < CLUSTERS:
         return "the device has no thread-block clusters (compute capability 9.0)"
     if x.data_ptr() % 16 or x.shape[1] * x.element_size() % 16:
