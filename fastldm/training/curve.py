@@ -63,7 +63,7 @@ class Curve:
     def draw(self) -> None:
         """Draw the losses so far over the steps."""
         points = [(float(step), float(loss)) for step, loss, *_ in self._read()]
-        if len(points) < 2:
+        if not points:
             return
         with replacing(self.picture) as temporary:
             drawn(points, self.name).save(temporary, format="png")

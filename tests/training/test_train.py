@@ -179,7 +179,7 @@ def test_a_full_disk_is_named_and_the_last_good_state_stays(
     with pytest.raises(CheckpointError, match="No space left"):
         fit("it", module, loss_of(module), settings, tmp_path, 1, str)
     assert torch.load(tmp_path / "it.pt", weights_only=True)["step"] == 5
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["it.csv", "it.png", "it.pt"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["it.csv", "it.pt"]  # nothing half written
 
 
 def test_the_curve_of_a_resumed_run_has_each_step_once(tmp_path: Path) -> None:
@@ -254,7 +254,7 @@ def test_autoencoder_loss_against_an_independent_transcription() -> None:
                 for pixel in segmentation[row, 2 * y : 2 * y + 2, 2 * x : 2 * x + 2].flatten():
                     told -= float(logits[int(pixel)] - logits.logsumexp(0)) / 4
     want = (images - decoded).abs().mean() + ((images - decoded) ** 2).mean() + 0.01 * kl / 2
-    assert float(got) == pytest.approx(float(want) + 0.2 * told / 32, rel=1e-6)
+    assert float(got.detach()) == pytest.approx(float(want.detach()) + 0.2 * told / 32, rel=1e-6)
 
 
 def test_reader_loss_ignores_what_was_not_told() -> None:
