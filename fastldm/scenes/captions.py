@@ -102,8 +102,9 @@ def caption(scene: Scene, rng: np.random.Generator) -> str:
 
 
 def caption_and_facts(scene: Scene, rng: np.random.Generator) -> tuple[str, frozenset[str]]:
-    """A caption of at most MAX_WORDS words and the facts it told: names of FACTS, `sky`, `style` and, of several
-    objects, `count` and `relation`.
+    """A caption of at most MAX_WORDS words and the facts it told.
+
+    They are names of FACTS, `sky`, `style` and, of several objects, `count` and `relation`.
     """
     chances = _CHANCE | {"style": _STYLE_CHANCE[scene.style]}
     if scene.sky is not None:
