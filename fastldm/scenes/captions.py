@@ -8,7 +8,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from fastldm.scenes.palette import COLOURS, KINDS, LANDSCAPES, POSITIONS, SIZES, SKIES, STYLES
+from fastldm.scenes.palette import COLOURS, KINDS, LANDSCAPES, POSITIONS, SIZES
 from fastldm.scenes.scene import Scene, SceneObject, relation
 from fastldm.scenes.vocabulary import (
     COLOUR_WORDS,
@@ -55,8 +55,6 @@ FACTS: dict[str, tuple[str, ...]] = {
     "background": COLOURS + LANDSCAPES,
     "size": tuple(SIZES),
     "position": POSITIONS,
-    "sky": SKIES,
-    "style": STYLES,
 }
 """The facts of a one-object scene and the classes of each; a label is an index into them."""
 
@@ -87,7 +85,7 @@ def _with_articles(text: str) -> str:
 
 
 def scene_labels(scene: Scene) -> dict[str, int]:
-    """Each fact of FACTS for a one-object scene, as an index; -1 for an unnamed position and no sky."""
+    """Each fact of FACTS for a one-object scene, as an index; -1 for a position that no word names."""
     (thing,) = scene.objects
     return {
         "kind": KINDS.index(thing.kind),
@@ -95,8 +93,6 @@ def scene_labels(scene: Scene) -> dict[str, int]:
         "background": FACTS["background"].index(scene.background),
         "size": list(SIZES).index(thing.size),
         "position": -1 if thing.position is None else POSITIONS.index(thing.position),
-        "sky": -1 if scene.sky is None else SKIES.index(scene.sky),
-        "style": STYLES.index(scene.style),
     }
 
 
@@ -106,8 +102,9 @@ def caption(scene: Scene, rng: np.random.Generator) -> str:
 
 
 def caption_and_facts(scene: Scene, rng: np.random.Generator) -> tuple[str, frozenset[str]]:
-    """A caption of at most MAX_WORDS words and the facts it told: names of FACTS and, of several objects,
-    `count` and `relation`.
+    """A caption of at most MAX_WORDS words and the facts it told.
+
+    They are names of FACTS, `sky`, `style` and, of several objects, `count` and `relation`.
     """
     chances = _CHANCE | {"style": _STYLE_CHANCE[scene.style]}
     if scene.sky is not None:
