@@ -38,6 +38,26 @@ def group_norm_silu(
     moments: int,
     threads: int,
 ) -> None: ...
+def group_norm_silu_backward(
+    isa: str,
+    grad_x: int,
+    grad_affine: int,
+    grad_row_bias: int,
+    grad: int,
+    x: int,
+    type: str,
+    rows: int,
+    pixels: int,
+    channels: int,
+    moments: int,
+    weight: int,
+    bias: int,
+    row_bias: int,
+    groups: int,
+    eps: float,
+    silu: bool,
+    threads: int,
+) -> None: ...
 def channel_moments(
     isa: str, result: int, x: int, type: str, rows: int, pixels: int, channels: int, threads: int
 ) -> None: ...
