@@ -160,7 +160,7 @@ def _paint_watercolour(scene: Scene, segmentation: Pixels) -> Pixels:
     rng = np.random.default_rng(_seed(scene))
     wobble, blots, drift = _clouds(rng, 22), _clouds(rng, 13), _clouds(rng, 5)
     image = _softened(_backdrop(scene), 1.5 if scene.sky is not None else 0)
-    strength = 0.84 + 0.05 * blots + 0.07 * drift
+    strength = 0.87 + 0.04 * blots + 0.05 * drift
     for thing in scene.objects:
         window, coverage = silhouette_coverage(thing, room=3)
         soft = _softened(coverage, 1.0) / 255 + 0.16 * wobble[window]

@@ -91,12 +91,12 @@ def test_objects_and_plain_ground_keep_their_colours(seed, style, count):
     rendered = render(scene)
     nearest = distances(rendered.image, PALETTE_RGB).argmin(axis=-1)
     ground = ~grown(rendered.segmentation > 0, 2)
-    assert (nearest[ground] == COLOURS.index(scene.background)).mean() > 0.999
+    assert (nearest[ground] == COLOURS.index(scene.background)).mean() > 0.99
     for thing in scene.objects:
         (x0, x1), (y0, y1) = ((int(thing.box[i]), int(thing.box[i + 2]) + 1) for i in (0, 1))
         inked = rendered.segmentation[y0:y1, x0:x1] > 0
         share = (nearest[y0:y1, x0:x1][inked] == COLOURS.index(thing.colour)).mean()
-        assert share > {"flat": 0.9, "outlined": 0.2, "pixel": 0.999, "watercolour": 0.85}[style], thing
+        assert share > {"flat": 0.8, "outlined": 0.2, "pixel": 0.999, "watercolour": 0.75}[style], thing
 
 
 @pytest.mark.parametrize("style", ["outlined", "watercolour", "pixel"])
