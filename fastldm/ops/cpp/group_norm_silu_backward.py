@@ -37,15 +37,17 @@ def _run(
     row_bias: Tensor | None = None,
 ) -> Gradients:
     """The gradients of x, [bias, weight] and row_bias, for x and grad alike in dense channels-last memory."""
-    result = _shape(grad, x)
-    unwritten(result[0])
+    grad_x, grad_affine, grad_row_bias = _shape(grad, x)
+    unwritten(grad_x)
     rows, channels, height, width = x.shape
     weight, bias = weight.float(), bias.float()
     if row_bias is not None:
         row_bias = row_bias.float().contiguous()
     _C.group_norm_silu_backward(
         extension.ISA,
-        *(each.data_ptr() for each in result),
+        grad_x.data_ptr(),
+        grad_affine.data_ptr(),
+        grad_row_bias.data_ptr(),
         grad.data_ptr(),
         x.data_ptr(),
         TYPES[x.dtype],
@@ -61,7 +63,7 @@ def _run(
         silu,
         torch.get_num_threads(),
     )
-    return result
+    return grad_x, grad_affine, grad_row_bias
 
 
 @torch.library.impl(library, "cpp_group_norm_silu_backward", "Meta")
