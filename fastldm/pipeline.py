@@ -200,7 +200,7 @@ class Pipeline:
 
     def table(self, request: Request) -> SamplerTable:
         """The request's sampler table."""
-        return build_table(
+        table = build_table(
             self.components.scheduler,
             request.steps,
             sampler=request.sampler,
@@ -208,6 +208,9 @@ class Pipeline:
             guidance_scale=request.guidance_scale,
             strength=request.strength,
         )
+        if table.log_variances is not None:
+            raise InvalidArgument("sampler", request.sampler, "another: slots read no learned variance yet")
+        return table
 
     def encode(self, request: Request) -> TextEmbeddings:
         """Text embeddings of all images: context [2n or n, L, D], the unconditional half first."""

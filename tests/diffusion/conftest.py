@@ -97,7 +97,7 @@ def random_model(prediction, seed=5):
 
 
 def toyconv(case, weight, *, scale=1.0):
-    """The recorded cases' small net, model(x, t [rows]); `weight` by name w1, b1, u, w2, b2; it sees t*scale."""
+    """The recorded cases' small net, model(x, t), of these weights w1, b1, u, w2, b2; it sees t*scale."""
 
     def model(x, t):
         w = {name: value.to(x.dtype) for name, value in weight.items()}
