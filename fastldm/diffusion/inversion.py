@@ -45,10 +45,8 @@ def inverse_table(table: SamplerTable, refinements: int = 1) -> SamplerTable:
     common["clamp"] = none + math.inf
     first = {**common, "next_x": 1 / a, "next_prev": none}
     again = {**common, "next_x": none + 1, "next_prev": share}
-    iterations = [first, *[again] * refinements]
-    stacked = torch.stack([torch.stack([c[name] for name in COLUMNS], 1) for c in iterations], 1).flatten(
-        0, 1
-    )
+    iterations = [torch.stack([c[name] for name in COLUMNS], 1) for c in (first, *[again] * refinements)]
+    stacked = torch.stack(iterations, 1).flatten(0, 1)
     for name in ("next_x", "next_x0", "next_prev"):  # what leaves the last row is the noise itself
         stacked[-1, COLUMNS.index(name)] /= table.initial_scale
     rows64 = torch.cat([stacked, table.rows64[-1:]])

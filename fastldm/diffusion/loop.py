@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastldm.diffusion.parameterization import log_variance
+from fastldm.diffusion.parameterization import log_variance, split_variance
 from fastldm.diffusion.samplers import COLUMNS, SamplerTable
 from fastldm.errors import InvalidArgument
 
@@ -27,7 +27,8 @@ def denoise(table: SamplerTable, model: Model, x: Tensor, noise: Iterable[Tensor
 
     model(x, t [rows]) → out [rows, C, ...]; guided, 2*rows, the unconditional half first; for a learned
     variance of 2C channels, which guidance does not mix. noise: unit noise shaped like x, one for each step
-    that draws; `unit_noise` makes it.
+    that draws; `unit_noise` makes it. Raises InvalidArgument for too little noise or a wrong number of
+    channels.
     """
     drawn = iter(noise)
     state = State(x, torch.zeros_like(x))
@@ -49,9 +50,9 @@ def sample(table: SamplerTable, model: Model, x: Tensor, noise: Iterable[Tensor]
 @torch.no_grad()
 def _step(table: SamplerTable, step: int, model: Model, state: State, noise: Tensor | None) -> State:
     row = dict(zip(COLUMNS, table.rows64[step].tolist(), strict=True))
-    x, channels = state.x, state.x.shape[1]
+    x, learned = state.x, table.log_variances is not None or None
     out = model(x, x.new_full((len(x),), row["t"])).to(x.dtype)
-    out, place = out[:, :channels], out[-len(x) :, channels:]
+    out, place = split_variance(out, x.shape[1], learned)
     if len(out) != len(x):
         unconditional, conditional = out.chunk(2)
         out = unconditional + row["guidance"] * (conditional - unconditional)
@@ -59,7 +60,7 @@ def _step(table: SamplerTable, step: int, model: Model, state: State, noise: Ten
     following = row["next_x"] * x + row["next_x0"] * x0 + row["next_prev"] * state.x0
     if noise is not None:
         scale: float | Tensor = row["noise"]
-        if table.log_variances is not None:
-            scale = scale * (0.5 * log_variance(place, *table.log_variances[step].tolist())).exp()
+        if table.log_variances is not None and place is not None:
+            scale = scale * (0.5 * log_variance(place[-len(x) :], *table.log_variances[step].tolist())).exp()
         following = following + scale * noise
     return State(following, x0)

@@ -54,7 +54,7 @@ def min_snr_weight(prediction: str, alpha: Tensor, sigma: Tensor, gamma: float =
     """What `simple_loss` is times at this level so that the loss of x0 weighs min(SNR, gamma): like alpha.
 
     SNR = alpha^2/sigma^2. The error of x0 is that of the net's answer times sigma/alpha for eps, sigma for v
-    and flow, 1 for x0. (Hang et al. 2023, eq. 8)
+    and flow, 1 for x0. (Hang et al. 2023)
     """
     snr = (alpha / sigma) ** 2
     if prediction == "epsilon":

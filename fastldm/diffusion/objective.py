@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastldm.checks import choice, number
 from fastldm.diffusion.losses import absolute_loss, min_snr_weight, simple_loss
-from fastldm.diffusion.parameterization import add_noise, target
+from fastldm.diffusion.parameterization import add_noise, split_variance, target
 from fastldm.diffusion.scheduler_config import SchedulerConfig
 from fastldm.diffusion.schedules import shift_sigmas
 from fastldm.diffusion.timesteps import (
@@ -109,8 +109,8 @@ class Criterion:
         """The losses of clean rows float32 [rows, C, ...], to be averaged: [rows].
 
         model(x, t float32 [rows], *condition) → out, of 2C channels where the variance is learned. The CPU
-        generator draws first the noise, then the times. Losses are weighted so that their mean is that of
-        uniform times.
+        generator draws first the noise, then the times. Resampled losses are weighted so that their mean is
+        that of uniform times. Raises InvalidArgument for another number of channels.
         """
         noise = torch.randn(clean.shape, generator=generator).to(clean)
         places = self.draw(len(clean), generator)
@@ -147,16 +147,16 @@ class Criterion:
         """The losses of the model's answer `out` at x, which is `clean` with this noise; without the draw's
         weight: [rows].
         """
-        o, chain, step = self.objective, self.chain, places.step
-        predicted, beside = out[:, : clean.shape[1]], out[:, clean.shape[1] :]
-        losses = torch.zeros(len(clean), device=clean.device)
-        if o.loss != "vlb":
-            losses = self._error(clean, noise, predicted, places)
-            out = torch.cat([predicted.detach(), beside], 1)  # the bound is to train the variance alone
-        if chain is not None and step is not None and o.loss in ("hybrid", "vlb"):
-            weight = 1.0 if o.loss == "vlb" else o.vlb_weight
-            losses = losses + weight * len(chain) * bound_term(chain, clean, x, out, step)
-        return losses
+        chain, step = self.chain, places.step
+        learned = chain is not None and chain.learned
+        predicted, place = split_variance(out, clean.shape[1], learned)
+        if chain is None or step is None or self.objective.loss in ("simple", "absolute"):
+            return self._error(clean, noise, predicted, places)
+        if self.objective.loss == "vlb" or place is None:
+            return len(chain) * bound_term(chain, clean, x, out, step)
+        frozen = torch.cat([predicted.detach(), place], 1)  # the bound is to train the variance alone
+        bound = len(chain) * bound_term(chain, clean, x, frozen, step)
+        return self._error(clean, noise, predicted, places) + self.objective.vlb_weight * bound
 
     def _error(self, clean: Tensor, noise: Tensor, predicted: Tensor, places: Places) -> Tensor:
         prediction = self.config.prediction

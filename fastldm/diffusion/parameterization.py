@@ -8,12 +8,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastldm.errors import InvalidArgument
+
 PREDICTIONS = ("epsilon", "v_prediction", "sample", "flow")
 # Of the reverse step: fixed ones are beta-tilde or beta, learned ones come from as many channels again.
-VARIANCES = (
-    *("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log"),
-    *("learned", "learned_range"),
-)
+VARIANCES = ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned", "learned_range")
 
 
 def x0_coefficients(prediction: str, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
@@ -72,6 +71,21 @@ def log_variance(place: Tensor, low: Tensor | float, high: Tensor | float) -> Te
     """The log variance at this place, -1…1 from low to high, which are numbers or [rows]."""
     low, high = per_row(low, place), per_row(high, place)
     return low + (place + 1) / 2 * (high - low)
+
+
+def split_variance(out: Tensor, channels: int, learned: bool | None) -> tuple[Tensor, Tensor | None]:
+    """A net's answer [rows, C or 2C, ...] as (prediction, place of the log variance), each of C channels.
+
+    learned: whether there are to be 2C; None: either. Raises InvalidArgument for another number.
+    """
+    if out.shape[1] == channels and not learned:
+        return out, None
+    if out.shape[1] == 2 * channels and learned is not False:
+        prediction, place = out.chunk(2, 1)
+        return prediction, place
+    wanted = {True: f"{2 * channels}: the variance is learned", False: f"{channels}: the variance is fixed"}
+    allowed = wanted[learned] if learned is not None else f"{channels} or {2 * channels}"
+    raise InvalidArgument("model", f"an answer of {out.shape[1]} channels", allowed)
 
 
 def per_row(value: Tensor | float, like: Tensor) -> Tensor:

@@ -17,7 +17,14 @@ from torch import Tensor
 
 from fastldm.diffusion.likelihood import discretized_log_likelihood, normal_kl
 from fastldm.diffusion.losses import Posterior, posterior
-from fastldm.diffusion.parameterization import add_noise, log_variance, per_row, to_x0, variance_bounds
+from fastldm.diffusion.parameterization import (
+    add_noise,
+    log_variance,
+    per_row,
+    split_variance,
+    to_x0,
+    variance_bounds,
+)
 from fastldm.diffusion.scheduler_config import SchedulerConfig, alphas_cumprod
 from fastldm.diffusion.schedules import spaced_times
 from fastldm.errors import InvalidArgument
@@ -100,11 +107,12 @@ def reverse(chain: Chain, x: Tensor, out: Tensor, step: Tensor, clamp: float = m
     """The net's p(x_{t-1} | x_t), of its answer `out` at x [rows, C, ...]; step int64 [rows] into the chain,
     on the CPU.
 
-    A learned variance is read from the second half of out's 2C channels. x0 is held to +-clamp.
+    A learned variance is read from the second half of out's 2C channels. x0 is held to +-clamp. Raises
+    InvalidArgument for another number of channels.
     """
     variance = per_row(chain.log_low[step], x)
-    if chain.learned:
-        out, place = out.chunk(2, 1)
+    out, place = split_variance(out, x.shape[1], chain.learned)
+    if place is not None:
         variance = log_variance(place, chain.log_low[step], chain.log_high[step])
     x0 = to_x0(chain.prediction, x, out, *chain.levels(step)).clamp(-clamp, clamp)
     return Reverse(_posterior_mean(chain, x0, x, step), variance, x0)

@@ -46,7 +46,13 @@ def test_improved_diffusion_samplers(kit, name):
             kit.assert_recorded(case, f"{key}.first_pred_xstart", states[0].x0)
             kit.assert_recorded(case, f"{key}.last_pred_xstart", states[-1].x0)
         else:
-            assert build_table(config, 25, sampler="ddim", eta=eta).log_variances is None
+            table, x = build_table(config, 25, sampler="ddim", eta=eta), case.input["x_T"].double()
+            plain = list(denoise(table, lambda x, t: model(x, t)[:, :3], x, case.input["noise"].double()))
+            assert table.log_variances is None
+            for state, same in zip(
+                denoise(table, model, x, case.input["noise"].double()), plain, strict=True
+            ):
+                assert torch.equal(state.x, same.x)
 
 
 def test_strided_sampling_is_exact_with_the_exact_variance():
@@ -93,3 +99,9 @@ def test_too_little_noise_is_refused():
     table = build_table(SchedulerConfig(), 5, sampler="ddpm")
     with pytest.raises(InvalidArgument, match="noise='too few, at step 2': allowed is 4 draws"):
         sample(table, lambda x, t: x, torch.zeros(1, 1), [torch.zeros(1, 1)] * 2)
+
+
+def test_a_missing_variance_is_refused():
+    table = build_table(SchedulerConfig(variance_type="learned_range"), 5, sampler="ddpm")
+    with pytest.raises(InvalidArgument, match="allowed is 2: the variance is learned"):
+        sample(table, lambda x, t: x, torch.zeros(1, 1), [torch.zeros(1, 1)] * 4)

@@ -278,3 +278,24 @@ def test_the_state_of_another_objective_is_refused():
     longer = Criterion(Objective("vlb", timesteps="loss_second_moment"), SchedulerConfig())
     with pytest.raises(InvalidArgument, match=r"losses=.*allowed is a tensor \[10, 10\]"):
         resampled.load_state_dict(longer.state_dict())
+
+
+@pytest.mark.parametrize(
+    "objective, config, channels",
+    [
+        (Objective("hybrid"), LEARNED, 2),
+        (Objective("vlb"), LEARNED, 3),
+        (Objective("vlb"), SchedulerConfig(), 4),
+        (Objective("simple"), SchedulerConfig(), 4),
+        (Objective("simple"), FLOW, 1),
+    ],
+    ids=str,
+)
+def test_a_model_of_other_channels_is_refused(objective, config, channels):
+    clean = torch.zeros(2, 2, 3, 3)
+
+    def model(x, t):
+        return torch.zeros(2, channels, 3, 3)
+
+    with pytest.raises(InvalidArgument, match=f"model='an answer of {channels} channels'"):
+        Criterion(objective, config)(model, clean, generator=torch.Generator().manual_seed(1))
