@@ -24,7 +24,7 @@ def uniform_sigmas(rows: int, generator: torch.Generator) -> Tensor:
 
 
 def logit_normal_sigmas(rows: int, mean: float, deviation: float, generator: torch.Generator) -> Tensor:
-    """Flow levels whose log odds are N(mean, deviation^2): float64 [rows] (Esser et al. 2024, section 3.1)."""
+    """Flow levels whose log odds are N(mean, deviation^2): float64 [rows] (Esser et al. 2024)."""
     drawn = torch.randn(rows, generator=generator, dtype=torch.float64)
     return (mean + deviation * drawn).sigmoid()
 
