@@ -21,6 +21,7 @@ from fastldm.errors import (
 
 if TYPE_CHECKING:
     from fastldm.api import generate, load
+    from fastldm.inversion import invert
     from fastldm.pipeline import Pipeline
     from fastldm.result import Result
     from fastldm.shortcuts import Shortcuts
@@ -30,6 +31,7 @@ __version__ = "0.1.0"
 
 _LAZY = {
     "generate": "api",
+    "invert": "inversion",
     "load": "api",
     "Pipeline": "pipeline",
     "Result": "result",
@@ -48,6 +50,7 @@ __all__ = [
     "Result",
     "Shortcuts",
     "generate",
+    "invert",
     "load",
     "verify",
 ]

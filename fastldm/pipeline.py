@@ -100,7 +100,11 @@ class Pipeline:
         NonFiniteOutput.
         """
         request = self.check(prompt, **arguments)
-        stages = self.stages(request, self.groups(request))
+        return self.run(request)
+
+    def run(self, request: Request, table: SamplerTable | None = None) -> Result:
+        """Make the images of a checked request by its own table, or by another, as that of its inversion."""
+        stages = self.stages(request, self.groups(request), table)
         self._refuse_what_does_not_fit(request)
         with self.turn():
             outcome = None
@@ -145,11 +149,13 @@ class Pipeline:
             self._forget_what_weights_changed()
             yield
 
-    def stages(self, request: Request, groups: list[range]) -> Generator[Group, Outcome | None, Result]:
+    def stages(
+        self, request: Request, groups: list[range], table: SamplerTable | None = None
+    ) -> Generator[Group, Outcome | None, Result]:
         """The way of one request: yields each group of its images when it is ready to be denoised, is sent
         the outcome, and returns the result. To be driven within a `turn`; InvalidArgument comes at once.
         """
-        return self._stages(request, groups, self.table(request))
+        return self._stages(request, groups, table or self.table(request))
 
     def _stages(
         self, request: Request, groups: list[range], table: SamplerTable
@@ -194,7 +200,7 @@ class Pipeline:
 
     def table(self, request: Request) -> SamplerTable:
         """The request's sampler table."""
-        return build_table(
+        table = build_table(
             self.components.scheduler,
             request.steps,
             sampler=request.sampler,
@@ -202,6 +208,9 @@ class Pipeline:
             guidance_scale=request.guidance_scale,
             strength=request.strength,
         )
+        if table.log_variances is not None:
+            raise InvalidArgument("sampler", request.sampler, "another: slots read no learned variance yet")
+        return table
 
     def encode(self, request: Request) -> TextEmbeddings:
         """Text embeddings of all images: context [2n or n, L, D], the unconditional half first."""

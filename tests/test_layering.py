@@ -38,6 +38,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "footprint": {"arguments", "checkpoint", "models", "ops", "errors"},
     "pipeline": {"footprint", *STAGES, *FRONT, *MODELS},
     "api": {"pipeline", *STAGES, *FRONT, *MODELS},
+    "inversion": {"pipeline", "runtime", "diffusion", *FRONT},
     "verification": {"pipeline", "runtime", "ops", "errors"},
     "doctor": {"kernels", "runtime", "ops", "errors"},
     "tuning": {"kernels", *STAGES, *MODELS},
@@ -47,7 +48,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("api", "bench", "pipeline", "doctor", "serve", "training", "tuning", "verification"),
         *(*STAGES, *FRONT, *MODELS),
     },
-    "__init__": {"api", "pipeline", "result", "shortcuts", "verification", "errors"},
+    "__init__": {"api", "inversion", "pipeline", "result", "shortcuts", "verification", "errors"},
     "__main__": {"cli"},
 }
 # What each part may import from elsewhere, beside the standard library; the hub client is checkpoint's alone.

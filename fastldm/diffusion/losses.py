@@ -1,4 +1,4 @@
-"""The training side of the diffusion process: noising, the posterior and the plain loss."""
+"""The training side of the diffusion process: noising, the posterior, the plain loss and its weights."""
 
 from __future__ import annotations
 
@@ -43,3 +43,20 @@ def q_sample(alphas_cumprod: Tensor, x0: Tensor, times: Tensor, noise: Tensor) -
 def simple_loss(out: Tensor, target: Tensor) -> Tensor:
     """L_simple: mean squared error per row, in float32: [rows] (Ho et al. 2020, eq. 14)."""
     return (out.float() - target.float()).square().flatten(1).mean(1)
+
+
+def absolute_loss(out: Tensor, target: Tensor) -> Tensor:
+    """Mean absolute error per row, in float32: [rows] (some models of Rombach et al. 2022)."""
+    return (out.float() - target.float()).abs().flatten(1).mean(1)
+
+
+def min_snr_weight(prediction: str, alpha: Tensor, sigma: Tensor, gamma: float = 5.0) -> Tensor:
+    """What `simple_loss` is times at this level so that the loss of x0 weighs min(SNR, gamma): like alpha.
+
+    SNR = alpha^2/sigma^2. The error of x0 is that of the net's answer times sigma/alpha for eps, sigma for v
+    and flow, 1 for x0. (Hang et al. 2023)
+    """
+    snr = (alpha / sigma) ** 2
+    if prediction == "epsilon":
+        return (gamma / snr).clamp(max=1)
+    return snr.clamp(max=gamma) * (1 if prediction == "sample" else sigma**2)

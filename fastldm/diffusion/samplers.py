@@ -6,6 +6,8 @@ x = alpha*x0 + sigma*noise with alpha^2 + sigma^2 = 1 (flow: alpha = 1 - sigma).
     x0 = x0_x*x + x0_out*out, held to +-clamp
     x  = next_x*x + next_x0*x0 + next_prev*(x0 of the step before) + noise*randn
 
+Where the net learns the variance, the noise of a step is noise*exp(log_variance/2)*randn.
+
 A sampler is one function (config, steps, eta) -> Plan and one entry in SAMPLERS.
 """
 
@@ -19,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastldm.diffusion.parameterization import x0_coefficients
+from fastldm.diffusion.parameterization import variance_bounds, x0_coefficients
 from fastldm.diffusion.scheduler_config import SchedulerConfig, alphas_cumprod
 from fastldm.diffusion.schedules import (
     exponential_sigmas,
@@ -60,12 +62,15 @@ class Update(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """A whole run: its grid, its updates, what unit noise is scaled by at the start, and the bound on x0."""
+    """A whole run: its grid, its updates, what unit noise is scaled by at the start, the bound on x0, and
+    the bounds [steps, 2] of a learned log variance.
+    """
 
     grid: Grid
     update: Update
     initial_scale: float = 1.0
     clamp: float = math.inf
+    log_variances: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -75,6 +80,8 @@ class SamplerTable:
     `rows` float32 [n+1, len(COLUMNS)] (`rows64`: the same in float64) has a row a step, then the identity
     row, in which a finished request rests. `timesteps` float64 [n]. `draws[i]`: step i reads noise. Text to
     image starts from initial_scale*noise, image to image from start_alpha*x0 + start_sigma*noise.
+    `log_variances` float64 [n, 2] or None: the bounds of the log variance that the net's second half of
+    channels places (`parameterization.log_variance`). `loop.denoise` follows them, slots do not yet.
     """
 
     rows: Tensor
@@ -84,6 +91,7 @@ class SamplerTable:
     start_alpha: float
     start_sigma: float
     draws: tuple[bool, ...]
+    log_variances: Tensor | None = None
 
 
 def move(grid: Grid, eta: float) -> Update:
@@ -110,14 +118,23 @@ def ddim(config: SchedulerConfig, steps: int, eta: float) -> Plan:
 
 
 def ddpm(config: SchedulerConfig, steps: int, eta: float) -> Plan:
-    """The posterior from time to time (Ho et al. 2020, alg. 2): `move` with eta 1, or with more noise."""
+    """The posterior from time to time (Ho et al. 2020, alg. 2): `move` with eta 1, or with another variance.
+
+    A learned one draws unit noise, but for the last step (Nichol & Dhariwal 2021, sections 3.1 and 4).
+    """
     kept = alphas_cumprod(config)
     t = _integer_times(config, steps)
     grid = _vp_grid(t, kept[t], torch.cat([kept[t[1:]], kept.new_ones(1)]))
     update = move(grid, 1.0)
+    beta = 1 - (grid.alpha / grid.next_alpha) ** 2
+    bounds = None
     if config.variance_type.startswith("fixed_large"):
-        update = update._replace(noise=(1 - (grid.alpha / grid.next_alpha) ** 2).sqrt() * (t > 0))
-    return Plan(grid, update, clamp=config.clip_range)
+        update = update._replace(noise=beta.sqrt() * (t > 0))
+    elif config.variance_type.startswith("learned"):
+        small = torch.where(update.noise > 0, update.noise**2, beta)  # the last step reads neither
+        bounds = torch.stack(variance_bounds(config.variance_type, small.log(), beta.log()), 1)
+        update = update._replace(noise=(update.noise > 0).double())
+    return Plan(grid, update, clamp=config.clip_range, log_variances=bounds)
 
 
 def euler(config: SchedulerConfig, steps: int, eta: float) -> Plan:
@@ -247,6 +264,7 @@ def build_table(
         start_alpha=float(grid.alpha[0]),
         start_sigma=float(grid.sigma[0]),
         draws=tuple((update.noise != 0).tolist()),
+        log_variances=None if plan.log_variances is None else plan.log_variances[start:],
     )
 
 

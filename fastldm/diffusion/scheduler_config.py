@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastldm.diffusion.parameterization import VARIANCES
 from fastldm.diffusion.schedules import BETA_SCHEDULES, SPACINGS, rescale_zero_terminal_snr
 from fastldm.errors import CheckpointError, InvalidArgument
 
@@ -105,7 +106,7 @@ _CHECKS: dict[str, _Check] = {
     "set_alpha_to_one": _FLAG,
     "clip_sample": _or_none(_FLAG),
     "clip_sample_range": _number(0, math.inf),
-    "variance_type": _choice("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log"),
+    "variance_type": _choice(*VARIANCES),
     "use_karras_sigmas": _FLAG,
     "use_exponential_sigmas": _FLAG,
     "sigma_min": _or_none(_number(0, math.inf)),

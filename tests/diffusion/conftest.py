@@ -9,9 +9,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors import safe_open
 
-from fastldm.diffusion import COLUMNS
+from fastldm.diffusion import COLUMNS, SchedulerConfig
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 
@@ -95,6 +96,34 @@ def random_model(prediction, seed=5):
     return GaussModel(prediction, mu, mix)
 
 
+def toyconv(case, weight, *, scale=1.0):
+    """The recorded cases' small net, model(x, t), of these weights w1, b1, u, w2, b2; it sees t*scale."""
+
+    def model(x, t):
+        w = {name: value.to(x.dtype) for name, value in weight.items()}
+        time = (t * scale / 1000).to(x.dtype).reshape(-1, 1, 1, 1)
+        hidden = F.conv2d(x, w["w1"], w["b1"], padding=1) + time * w["u"].reshape(-1, 1, 1)
+        out = F.conv2d(hidden.tanh(), w["w2"], w["b2"])
+        skip = case.config["model"]["skip"] * x
+        return torch.cat([out[:, : x.shape[1]] + skip, out[:, x.shape[1] :]], 1)
+
+    return model
+
+
+def iddpm_config(case, mean, variance, **entries):
+    """The SchedulerConfig of a recorded improved-diffusion process."""
+    length, betas = case.config["T"], {"beta_schedule": "squaredcos_cap_v2"}
+    if case.config["noise_schedule"] == "linear":
+        betas = {"beta_start": 0.1 / length, "beta_end": 20 / length}
+    return SchedulerConfig(
+        num_train_timesteps=length,
+        prediction_type={"EPSILON": "epsilon", "START_X": "sample"}[mean],
+        variance_type=variance.lower(),
+        **betas,
+        **entries,
+    )
+
+
 @pytest.fixture(scope="session")
 def kit():
     """The helpers above, as one namespace (test folders here are no packages)."""
@@ -104,4 +133,6 @@ def kit():
         run_table=run_table,
         GaussModel=GaussModel,
         random_model=random_model,
+        toyconv=toyconv,
+        iddpm_config=iddpm_config,
     )

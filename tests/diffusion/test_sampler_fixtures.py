@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from fastldm.diffusion import SchedulerConfig, build_table
 
@@ -227,15 +226,12 @@ def test_improved_diffusion(kit, sampler, eta, clip):
         if sampler == "ddpm"
         else f"ddim_sample.clip_denoised={clip}.eta={eta}"
     )
-    weight = {name: value.double() for name, value in case.weight.items()}
-
-    def net(x, t):
-        hidden = F.conv2d(x, weight["w1"], weight["b1"], padding=1) + t / 1000 * weight["u"].reshape(-1, 1, 1)
-        return F.conv2d(hidden.tanh(), weight["w2"], weight["b2"]) + case.config["model"]["skip"] * x
-
+    net = kit.toyconv(case, case.weight)
     config = SchedulerConfig(clip_sample=clip, variance_type="fixed_large")
     table = build_table(config, 25, sampler=sampler, eta=eta)
-    xs, x0s = kit.run_table(table, net, case.input["x_T"], case.input["noise"])
+    xs, x0s = kit.run_table(
+        table, lambda x, t: net(x, torch.tensor(t)), case.input["x_T"], case.input["noise"]
+    )
     assert table.timesteps.tolist() == case.out["t_seen_by_model"].tolist()
     kit.assert_recorded(case, f"{key}.x", xs)
     kit.assert_recorded(case, f"{key}.first_pred_xstart", x0s[0])

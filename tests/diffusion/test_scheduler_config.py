@@ -212,7 +212,7 @@ def test_inert_fields_survive_and_change_nothing():
         ("clip_sample", "no"),
         ("clip_sample_range", 0),
         ("clip_sample_range", math.inf),
-        ("variance_type", "learned_range"),
+        ("variance_type", "magic"),
         ("sigma_max", -1.0),
         ("final_sigmas_type", "one"),
         ("solver_order", 4),
