@@ -17,16 +17,17 @@ from fastldm.models.layers import channels_last
 from fastldm.models.tokenizer import Tokenizer
 from fastldm.models.vae import AutoencoderKL
 from fastldm.training.autoencoder import encode_all, psnr, train_autoencoder, train_decoder
-from fastldm.training.config import TrainConfig, read_config
+from fastldm.training.config import JudgeConfig, TrainConfig, read_config
 from fastldm.training.data import SceneData
 from fastldm.training.diffusion import SCHEDULER, TextToLatents, new_unet, train_diffusion
 from fastldm.training.hints import make_hints
+from fastldm.training.judge import train_judge
 from fastldm.training.text import train_text_encoder
 
 
 def main(config_file: str | Path, report: Callable[[str], None] = print) -> Path:
     """Train the model of a TOML configuration and return the folder it was written to, in the diffusers
-    layout, bfloat16.
+    layout, bfloat16; of a judge's, the file.
 
     Run it again after an interruption: it goes on from the last saved state and ends with the same weights.
     """
@@ -34,6 +35,8 @@ def main(config_file: str | Path, report: Callable[[str], None] = print) -> Path
     before = torch.get_num_threads()
     torch.set_num_threads(config.threads)
     try:
+        if isinstance(config, JudgeConfig):
+            return train_judge(config, report)
         vae, tokenizer, model = first_stages(config, report)
         section = config.diffusion
         report(f"drawing {section.pictures} pictures to learn")
