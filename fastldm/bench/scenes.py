@@ -1,15 +1,16 @@
-"""`fastldm bench scenes`: how often a model draws what it is asked, read by the judge; how far its pictures are
-from renders; and what its autoencoder leaves of them.
+"""`fastldm bench scenes`: how often a model draws what it is asked, read by the judge; how far its pictures
+are from renders; and what its autoencoder leaves of renders.
 """
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -21,25 +22,27 @@ from fastldm.errors import FastLDMError, InvalidArgument
 from fastldm.images import write_files
 from fastldm.models.vae import AutoencoderKL
 from fastldm.pipeline import Pipeline
-from fastldm.scenes import STYLES, caption, draw_scene, render, sample_scene
-from fastldm.scenes.exam import GENEVAL, PER_CATEGORY, questions
-from fastldm.scenes.judge import Judge
+from fastldm.scenes import LANDSCAPES, STYLES, Rendered, Scene, caption, draw_scene, render, sample_scene
+from fastldm.scenes.exam import CATEGORIES, GENEVAL, PER_CATEGORY, questions
+from fastldm.scenes.judge import Judge, Reading
 from fastldm.scenes.marks import frechet_distance, is_exact, objects_right
-from fastldm.scenes.palette import LANDSCAPES
-from fastldm.scenes.render import Rendered
 
 BATCH = 8
+RENDERS = 200  # of each style
 DISTANCE_PICTURES = 500
 TRUSTED = 0.99
 """Share of the objects of fresh renders, in every style, that the judge must read right."""
 
 _SEED = 7
 
+Pictures: TypeAlias = np.ndarray[Any, np.dtype[np.uint8]]
+Draw: TypeAlias = Callable[[Sequence[str], Sequence[int]], Pictures]
+
 
 @dataclass(frozen=True)
 class Style:
-    """Of fresh renders of a style: objects that the judge reads right, pictures that it reads exactly, and the
-    same of their reconstructions; PSNR of these in dB.
+    """Of fresh renders of a style: shares of objects and of pictures that the judge reads right, of their
+    reconstructions that it reads right, and the PSNR of these in dB.
     """
 
     objects: float
@@ -59,24 +62,27 @@ class Report:
     distance: float
     floor: float  # the same distance between renders and renders
     distance_pictures: int
-    styles: dict[str, Style] = field(default_factory=dict)
+    styles: dict[str, Style]
 
     def __str__(self) -> str:
-        lines = [self.title, f"  {'right, of ' + str(self.pictures):24} {'':>6}  ± 1 deviation"]
-        for name, share in {**self.categories, "overall of the first six": self.overall}.items():
-            count = self.pictures * (len(GENEVAL) if name.startswith("overall") else 1)
-            lines.append(f"  {name:24} {share:6.3f}  ± {(share * (1 - share) / count) ** 0.5:.3f}")
-        lines.append(
-            f"  Fréchet distance {self.distance:.2f}, of renders {self.floor:.2f}; "
-            f"{self.distance_pictures} pictures from captions"
-        )
-        lines.append(f"  {'autoencoder, on renders':24} {'exact':>6} {'PSNR':>8}  the judge on the renders themselves")
+        lines = [self.title, f"  {f'right, of {self.pictures} each':24}  share   deviation"]
+        for name, share in self.categories.items():
+            lines.append(_line(name, share, self.pictures))
+        lines += [
+            _line("overall of the first six", self.overall, self.pictures * len(GENEVAL)),
+            f"  Fréchet distance {self.distance:.2f}, between renders {self.floor:.2f}; "
+            f"{self.distance_pictures} pictures from captions",
+            f"  {'renders':24}  objects and pictures read right; pictures after the autoencoder, and PSNR",
+        ]
         for name, of in self.styles.items():
             lines.append(
-                f"  {name:24} {of.reconstructed:6.3f} {of.psnr:5.1f} dB  {of.objects:.1%} of objects, "
-                f"{of.exact:.1%} of pictures"
+                f"  {name:24}  {of.objects:6.1%} {of.exact:6.1%}; {of.reconstructed:6.1%} {of.psnr:5.1f} dB"
             )
         return "\n".join(lines)
+
+
+def _line(name: str, share: float, count: int) -> str:
+    return f"  {name:24} {share:6.3f}     {(share * (1 - share) / count) ** 0.5:.3f}"
 
 
 def run(*, json_file: str | None = None, **asked: Any) -> None:
@@ -103,7 +109,7 @@ def measure(
     judge: str | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> Report:
-    """Ask the model every N-th question; picture i is drawn with seed i, so that it repeats.
+    """Ask the model every N-th question; question i is drawn with seed i, so that it repeats.
 
     model, dtype, device: as in `fastldm.load`; judge: as in `Judge.load`. FastLDMError when the judge reads
     fewer than TRUSTED of the objects of fresh renders.
@@ -113,71 +119,72 @@ def measure(
     guidance = checks.number("guidance", guidance, 0.0, 100.0)
     reader = Judge.load(judge)
     pipe = api.load(model, device=device, dtype=dtype)
-    number = PER_CATEGORY // every
-    say("the judge on fresh renders")
-    styles = {style: style_report(reader, pipe, style, number) for style in STYLES}
-    asked = questions(number)
+    number = len(range(0, PER_CATEGORY, every))
 
-    def draw(prompts: Sequence[str]) -> np.ndarray[Any, np.dtype[np.uint8]]:
-        made = []
+    def draw(prompts: Sequence[str], seeds: Sequence[int]) -> Pictures:
+        made: list[Any] = []
         for start in range(0, len(prompts), BATCH):
-            part = list(prompts[start : start + BATCH])
-            result = pipe.generate(
-                part, seed=[start + i for i in range(len(part))], steps=steps, guidance_scale=guidance
-            )
-            made += [np.asarray(image) for image in result.images]
+            part = slice(start, start + BATCH)
+            made += pipe.generate(
+                list(prompts[part]), seed=list(seeds[part]), steps=steps, guidance_scale=guidance
+            ).images
             say(f"{len(made)} of {len(prompts)} pictures")
-        return np.stack(made)
+        return np.stack([np.asarray(image) for image in made])
 
-    readings = reader.read(draw([question.prompt for question in asked]))
-    right: dict[str, list[bool]] = {}
-    for question, reading in zip(asked, readings, strict=True):
-        right.setdefault(question.category, []).append(question.is_right(reading))
-    shares = {name: sum(marks) / len(marks) for name, marks in right.items()}
-
-    count = DISTANCE_PICTURES // every
-    rng = np.random.default_rng(_SEED)
-    told, other = ([draw_scene(rng) for _ in range(count)] for _ in range(2))
-    fresh = reader.features(_pictures([render(scene) for scene in other]))
-    floor = frechet_distance(reader.features(_pictures([render(scene) for scene in told])), fresh)
-    distance = frechet_distance(reader.features(draw([caption(scene, rng) for scene in told])), fresh)
+    say("renders of each style")
+    styles = {style: style_report(reader, pipe, style, number) for style in STYLES}
+    asked = {i: question for i, question in enumerate(questions()) if i % PER_CATEGORY % every == 0}
+    readings = reader.read(draw([question.prompt for question in asked.values()], list(asked)))
+    right = Counter(
+        question.category
+        for question, reading in zip(asked.values(), readings, strict=True)
+        if question.is_right(reading)
+    )
+    shares = {name: right[name] / number for name in CATEGORIES}
+    pictures = len(range(0, DISTANCE_PICTURES, every))
+    distance, floor = _distances(reader, draw, pictures)
     return Report(
-        f"Scenes: {model}, {steps} steps, guidance {guidance:g}, {pipe.dtype}, {pipe.device}".replace("torch.", ""),
-        number,
-        shares,
-        sum(shares[name] for name in GENEVAL) / len(GENEVAL),
-        distance,
-        floor,
-        count,
-        styles,
+        title=f"Scenes: {model}, {steps} steps, guidance {guidance:g}, {pipe.device}, {pipe.dtype}",
+        pictures=number,
+        categories=shares,
+        overall=sum(shares[name] for name in GENEVAL) / len(GENEVAL),
+        distance=distance,
+        floor=floor,
+        distance_pictures=pictures,
+        styles=styles,
     )
 
 
 def style_report(judge: Judge, pipe: Pipeline, style: str, number: int) -> Style:
-    """Of so many fresh renders, half of them landscapes; FastLDMError when the judge cannot be trusted."""
+    """Of fresh renders, half of them landscapes; the autoencoder has the first `number`.
+
+    FastLDMError when the judge reads fewer than TRUSTED of their objects right.
+    """
     rng = np.random.default_rng([_SEED, STYLES.index(style)])
     renders = []
-    for i in range(number):
+    for i in range(RENDERS):
         place = LANDSCAPES[i // 2 % len(LANDSCAPES)] if i % 2 else None
-        renders.append(render(sample_scene(rng, 1 + i // 2 % 4, style=style, background=place, held_out=i % 5 == 0)))
+        count = 1 + i // 2 % 4
+        renders.append(render(sample_scene(rng, count, style=style, background=place, held_out=i % 5 == 0)))
     pictures = _pictures(renders)
     readings = judge.read(pictures)
     total = sum(len(whole.scene.objects) for whole in renders)
-    objects = sum(objects_right(r, whole.scene) for r, whole in zip(readings, renders, strict=True)) / total
+    objects = sum(objects_right(*each) for each in _with_scenes(readings, renders)) / total
     if objects < TRUSTED:
-        raise FastLDMError(f"the judge reads {objects:.1%} of the objects of {style} renders; {TRUSTED:.0%} are needed")
+        why = f"{objects:.1%} of the objects of {style} renders; {TRUSTED:.0%} are needed"
+        raise FastLDMError(f"the judge reads {why}")
+    kept = torch.from_numpy(pictures[:number])
     with pipe.turn():
-        decoded = reconstructed(pipe.components.vae, torch.from_numpy(pictures), pipe.dtype, pipe.device)
-    error = (decoded.double() - torch.from_numpy(pictures)).square().mean(dim=(1, 2, 3)).clamp_min(1e-3)
+        decoded = reconstructed(pipe.components.vae, kept, pipe.dtype, pipe.device)
+    error = (decoded.double() - kept).square().mean(dim=(1, 2, 3)).clamp_min(1e-3)
     return Style(
         objects=objects,
-        exact=_exact(judge, pictures, renders),
-        reconstructed=_exact(judge, decoded, renders),
+        exact=_exact(readings, renders),
+        reconstructed=_exact(judge.read(decoded), renders[:number]),
         psnr=float((10 * torch.log10(255.0**2 / error)).mean()),
     )
 
 
-@torch.inference_mode()
 def reconstructed(vae: AutoencoderKL, pictures: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Pictures uint8 [N, H, W, 3] encoded to the posterior mean and decoded."""
     made = []
@@ -188,11 +195,26 @@ def reconstructed(vae: AutoencoderKL, pictures: Tensor, dtype: torch.dtype, devi
     return torch.cat(made)
 
 
-def _exact(judge: Judge, pictures: object, renders: Sequence[Rendered]) -> float:
+def _distances(judge: Judge, draw: Draw, count: int) -> tuple[float, float]:
+    """From renders of so many scenes to the pictures that a model draws from captions of others, and to
+    renders of these others.
+    """
+    rng = np.random.default_rng(_SEED)
+    scenes, others = ([draw_scene(rng) for _ in range(count)] for _ in range(2))
+    pictures = draw([caption(scene, rng) for scene in others], range(count))
+    sets = _pictures(map(render, scenes)), pictures, _pictures(map(render, others))
+    fresh, drawn, rendered = map(judge.features, sets)
+    return frechet_distance(fresh, drawn), frechet_distance(fresh, rendered)
+
+
+def _exact(readings: Sequence[Reading], renders: Sequence[Rendered]) -> float:
     """The share of pictures that show the scene's objects and no others."""
-    marks = [is_exact(r, whole.scene) for r, whole in zip(judge.read(pictures), renders, strict=True)]
-    return sum(marks) / len(marks)
+    return sum(is_exact(*each) for each in _with_scenes(readings, renders)) / len(renders)
 
 
-def _pictures(renders: Sequence[Rendered]) -> np.ndarray[Any, np.dtype[np.uint8]]:
+def _with_scenes(readings: Iterable[Reading], renders: Iterable[Rendered]) -> Iterator[tuple[Reading, Scene]]:
+    return ((reading, whole.scene) for reading, whole in zip(readings, renders, strict=True))
+
+
+def _pictures(renders: Iterable[Rendered]) -> Pictures:
     return np.stack([whole.image for whole in renders])

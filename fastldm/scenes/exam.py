@@ -1,8 +1,8 @@
-"""The questions that a model of scenes is judged by: GenEval's six categories in this world, and what training
-never showed. (Ghosh et al. 2023, arXiv:2310.11513)
+"""The questions that a model of scenes is judged by: GenEval's six categories in this world, and what
+training never showed. (GenEval: Ghosh et al. 2023, arXiv:2310.11513)
 
-A picture is right when it shows exactly what was asked: as many objects of each kind, each in its colour where one
-was named, in the relation asked for, and nothing else.
+A picture is right when it shows exactly what was asked: as many objects of each kind, each in its colour
+where one was named, in the relation asked for, and nothing else.
 """
 
 from __future__ import annotations
@@ -153,9 +153,8 @@ def _style_and_place(category: str, i: int, rng: np.random.Generator) -> Questio
     return Question(category, prompt, (thing,), None, style, place, sky)
 
 
-_CATEGORIES: dict[str, Callable[[str, int, np.random.Generator], Question]] = dict(
-    zip(GENEVAL, (_single, _two, _coloured, _counting, _position, _binding), strict=True)
-) | {
+_CATEGORIES: dict[str, Callable[[str, int, np.random.Generator], Question]] = {
+    **dict(zip(GENEVAL, (_single, _two, _coloured, _counting, _position, _binding), strict=True)),
     "unseen pairs": _unseen_pair,
     "unseen relations": _unseen_relation,
     "styles and places": _style_and_place,

@@ -1,16 +1,15 @@
-"""The judge: reads pictures of scenes back into words, with a small detector that learnt from renders alone."""
+"""The judge: reads pictures of scenes back into words, by a small detector that learnt from renders alone."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.nn import functional as F
@@ -80,14 +79,15 @@ class Reading:
 
 
 class Judge:
-    """Reads pictures of 128 x 128 pixels: a uint8 array or tensor [N, 128, 128, 3], or a sequence of PIL
-    images or of arrays [128, 128, 3]. InvalidArgument for anything else.
+    """Reads pictures of 128 x 128 pixels: a uint8 array or tensor [N, 128, 128, 3], or a list of RGB images
+    of PIL or of arrays [128, 128, 3]. InvalidArgument for anything else.
 
     One call reads any number of pictures; threads may share a judge.
     """
 
     def __init__(self, net: JudgeNet) -> None:
-        self.net = net.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+        self.net = net.eval().requires_grad_(False)
+        self.net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     @classmethod
     def load(cls, path: str | os.PathLike[str] | None = None) -> Judge:
@@ -152,32 +152,28 @@ def new_net(**options: Any) -> JudgeNet:
 
 
 def _batches(images: object) -> Iterator[Tensor]:
-    """The pictures float32 in −1…1 [n, 3, 128, 128], channels-last, so many at once as memory is no matter."""
+    """The pictures, some at a time: float32 in −1…1 [n, 3, 128, 128], channels-last."""
     for part in _pixels(images).split(_BATCH):
         yield part.permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def _pixels(images: object) -> Tensor:
     """All pictures, uint8 [N, 128, 128, 3]."""
-    if isinstance(images, Sequence) and not isinstance(images, str):
-        arrays = [np.asarray(image) if isinstance(image, Image.Image) else image for image in images]
-        for array in arrays:
-            _check(array, (IMAGE_SIZE, IMAGE_SIZE, 3))
-        if arrays:
-            return torch.stack([torch.as_tensor(array) for array in arrays])
-    shape = getattr(images, "shape", ())
-    _check(images, (*shape[:1], IMAGE_SIZE, IMAGE_SIZE, 3))
-    return torch.as_tensor(images)
+    if isinstance(images, list | tuple):
+        arrays = [_checked(np.asarray(image), (IMAGE_SIZE, IMAGE_SIZE, 3)) for image in images]
+        images = np.stack(arrays) if arrays else None
+    elif isinstance(images, Tensor):
+        images = images.numpy(force=True)
+    shape = getattr(images, "shape", ())[:1] or (1,)
+    return torch.from_numpy(_checked(images, (*shape, IMAGE_SIZE, IMAGE_SIZE, 3)).copy())
 
 
-def _check(array: object, shape: tuple[int, ...]) -> None:
-    is_array = isinstance(array, np.ndarray | Tensor) and array.dtype in (np.uint8, torch.uint8)
-    if not is_array or tuple(array.shape) != shape or 0 in shape:
-        given = f"{getattr(array, 'dtype', type(array).__name__)} {list(getattr(array, 'shape', ()))}"
-        allowed = (
-            f"RGB pictures of {IMAGE_SIZE} x {IMAGE_SIZE} pixels, uint8 [N, {IMAGE_SIZE}, {IMAGE_SIZE}, 3]"
-        )
-        raise InvalidArgument("images", given, allowed)
+def _checked(array: object, shape: tuple[int, ...]) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    if isinstance(array, np.ndarray) and array.dtype == np.uint8 and array.shape == shape and array.size:
+        return array
+    given = f"{array.dtype} {list(array.shape)}" if isinstance(array, np.ndarray) else type(array).__name__
+    allowed = f"RGB pictures of {IMAGE_SIZE} x {IMAGE_SIZE} pixels: uint8 [N, {IMAGE_SIZE}, {IMAGE_SIZE}, 3]"
+    raise InvalidArgument("images", given, allowed)
 
 
 def _objects(cells: Cells) -> list[tuple[Seen, ...]]:

@@ -1,5 +1,8 @@
-"""The judge's network: a small convolutional detector of one stage, with heads for a segmentation map and the
-whole picture. (CenterNet: Zhou et al. 2019, arXiv:1904.07850; boxes as in FCOS: Tian et al. 2019, arXiv:1904.01355)
+"""The judge's network: a small convolutional detector of one stage, with heads for a segmentation map and for
+the whole picture.
+
+It is a CenterNet (Zhou et al. 2019, arXiv:1904.07850) with boxes as in FCOS (Tian et al. 2019,
+arXiv:1904.01355).
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastldm.scenes.judge import Reading, Seen, overlap
-from fastldm.scenes.scene import Scene, SceneObject, relation
+from fastldm.scenes.scene import Scene, SceneObject
 
 Pair = tuple[str | None, str | None]
 """A kind and a colour; None where it may be any."""

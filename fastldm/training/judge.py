@@ -1,4 +1,4 @@
-"""How the judge learns: on renders of every style, soft and noisy as pictures of a model may be, some spoilt."""
+"""How the judge learns: on renders of every style, some soft and noisy as models draw them, some spoilt."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from fastldm.checkpoint.atomic import replacing
+from fastldm.models.layers import channels_last
 from fastldm.scenes import COLOURS, IMAGE_SIZE, KINDS, Rendered, render, sample_scene
 from fastldm.scenes.judge import CLASSES, FACTS, NO_SKY, new_net
 from fastldm.scenes.judge_net import BOX_UNIT, CELL, Conv, JudgeNet
@@ -51,7 +52,7 @@ class Targets:
 def train_judge(config: JudgeConfig, report: Callable[[str], None] = print) -> Path:
     """Train from the seed, or resume, and write the weights, float16, with the norms folded in."""
     torch.manual_seed(config.seed)
-    net = new_net(norm=nn.BatchNorm2d).to(memory_format=torch.channels_last)
+    net = channels_last(new_net(norm=nn.BatchNorm2d))
     section = config.judge
 
     def loss(step: int, generator: torch.Generator) -> Tensor:
@@ -126,8 +127,8 @@ def _fill(targets: Targets, i: int, picture: Rendered | Spoilt) -> None:
     for k, thing in enumerate(scene.objects):
         box, kind, colour = thing.box, KINDS.index(thing.kind), COLOURS.index(thing.colour)
         if k == 0 and spoilt is not None:
-            x0, y0, x1, y1 = map(round, box)
-            targets.segmentation[i, y0:y1, x0:x1] = IGNORED
+            left, top, right, bottom = map(round, box)
+            targets.segmentation[i, top:bottom, left:right] = IGNORED
             box = bounds(spoilt.mask)
             kind = {OURS: kind, NONE: len(KINDS), UNASKED: IGNORED}[spoilt.kind]
             colour = {OURS: colour, NONE: len(COLOURS), UNASKED: IGNORED}[spoilt.colour]

@@ -1,13 +1,14 @@
-"""What the judge must not take for an object, made of renders alone: chimeras, fades, cuts, blobs, bent shapes.
+"""What the judge must not take for an object: chimeras, fades, cuts, blobs, bent shapes, all made of renders.
 
-Each spoils one object of a scene so far that its kind or its colour is none of ours; where it is still too like
-the whole object, nothing is asked of the judge.
+Each spoils one object of a scene so far that its kind or its colour is none of ours; where it is still too
+like the whole object, nothing is asked of the judge.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,8 +35,9 @@ OURS, NONE, UNASKED = "ours", "none of ours", "unasked"
 
 @dataclass(frozen=True)
 class Spoilt:
-    """A picture whose object 0 is spoilt; `mask` bool [128, 128] is where it shows; `kind` and `colour` are OURS
-    when they are still those of the scene, NONE or UNASKED.
+    """A picture whose object 0 is spoilt, and where it shows: `mask` bool [128, 128].
+
+    `kind` and `colour` are OURS when they are still those of the scene, else NONE or UNASKED.
     """
 
     image: Pixels
@@ -186,7 +188,7 @@ def _mask(rendered: Rendered) -> NDArray[np.bool_]:
     return mask
 
 
-def _twin(whole: Rendered, **facts: str) -> Rendered | None:
+def _twin(whole: Rendered, **facts: Any) -> Rendered | None:
     """The same scene, with other facts of object 0."""
     first, *rest = whole.scene.objects
     return _alike(whole, replace(whole.scene, objects=(replace(first, **facts), *rest)))
@@ -198,8 +200,10 @@ def _without(whole: Rendered) -> Rendered | None:
 
 
 def _alike(whole: Rendered, scene: Scene) -> Rendered | None:
-    """A scene with the backdrop of another, or None: which hills a landscape has depends on the whole scene, so
-    turns of no account are tried until both meet at the border.
+    """A scene with the backdrop of another, or None.
+
+    Which hills a landscape has depends on the whole scene, so turns of no account are tried until both meet
+    at the border.
     """
     for attempt in range(12 if scene.objects else 1):
         turned = tuple(replace(thing, angle=thing.angle + attempt * 1e-6) for thing in scene.objects)
