@@ -9,12 +9,12 @@ from typing import TypeAlias
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from fastldm.checkpoint.atomic import replacing
+from fastldm.checkpoint.container import write_safetensors
+from fastldm.checkpoint.tensors import payload
 from fastldm.models.layers import channels_last
 from fastldm.scenes import COLOURS, IMAGE_SIZE, KINDS, Rendered, render, sample_scene
 from fastldm.scenes.judge import CLASSES, FACTS, NO_SKY, new_net
@@ -203,8 +203,7 @@ def folded(net: JudgeNet) -> JudgeNet:
 
 
 def save_judge(net: JudgeNet, file: Path) -> None:
-    """Write what `Judge.load` reads."""
-    weights = {key: tensor.to(torch.float16).contiguous() for key, tensor in folded(net).state_dict().items()}
-    with replacing(file) as temporary:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        save_file(weights, temporary, {"format": "pt", **CLASSES})
+    """Write what `Judge.load` reads; parent folders are made as needed."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    weights = {key: payload(tensor.to(torch.float16)) for key, tensor in folded(net).state_dict().items()}
+    write_safetensors(file, weights, {"format": "pt", **CLASSES})

@@ -109,7 +109,7 @@ def blob(whole: Rendered, rng: np.random.Generator) -> Spoilt | None:
 
 
 def bent(whole: Rendered, rng: np.random.Generator) -> Spoilt | None:
-    """An object bent, out of its shape or only a little."""
+    """An object bent, out of its shape or only a little; what stands near it bends along at its edge."""
     x0, y0, x1, y1 = whole.scene.objects[0].box
     side = 1.3 * max(x1 - x0, y1 - y0)
     corner = torch.tensor([x0 + x1 - side, y0 + y1 - side]) / 2
