@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,6 +29,9 @@ from fastldm.training.spoil import NONE, OURS, UNASKED, Pixels, Spoilt, bounds, 
 
 GRID = IMAGE_SIZE // CELL
 IGNORED = -1
+
+BACKGROUND_WEIGHT = 0.1
+"""Of a pixel of the map, for most of a picture is background."""
 
 _HELD_OUT, _LANDSCAPE, _EMPTY, _CHAOS = 0.2, 0.4, 0.02, 0.02
 """Shares of pictures."""
@@ -171,7 +175,7 @@ def judge_loss(net: JudgeNet, targets: Targets, images: Tensor, generator: torch
     # A pixel of the map at half resolution lies between four: which of them it answers for is drawn by lot.
     y, x = torch.randint(2, (2,), generator=generator).tolist()
     weight = torch.ones(1 + len(KINDS))
-    weight[0] = 0.1  # most of a picture is background
+    weight[0] = BACKGROUND_WEIGHT
     segmentation = F.cross_entropy(
         net.map(fine, merged).float(),
         targets.segmentation[:, y::2, x::2],
@@ -191,7 +195,10 @@ def _cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
 
 
 def folded(net: JudgeNet) -> JudgeNet:
-    """The same function without norms, which the convolutions have taken up."""
+    """The same function without norms, which the convolutions have taken up.
+
+    The map's background alone differs: its logit gets what its weight in the loss had taken from it.
+    """
     plain = new_net()
     plain.load_state_dict(net.state_dict(), strict=False)
     ours = [module for module in plain.modules() if isinstance(module, Conv)]
@@ -199,6 +206,10 @@ def folded(net: JudgeNet) -> JudgeNet:
     for to, of in zip(ours, theirs, strict=True):
         assert isinstance(of.norm, nn.BatchNorm2d)
         to.conv = fuse_conv_bn_eval(of.conv, of.norm)
+    last = plain.map_head[-1]
+    assert isinstance(last, nn.Conv2d) and last.bias is not None
+    with torch.no_grad():
+        last.bias[:4] -= math.log(BACKGROUND_WEIGHT)  # class 0 of the four pixels that a cell is shuffled to
     return plain
 
 
