@@ -33,6 +33,7 @@ CONFIG_HELP = "of a single file: a JSON file, a diffusers folder, v_prediction o
 TOKENIZER_HELP = "a tokenizer folder or tokenizer.json"
 SHORTCUTS = "guidance_interval whole_every".split()
 LOADING = "model device dtype config tokenizer backends".split()
+RACING, ASKING = set("contenders size batch rounds minutes plot".split()), {"every", "guidance", "judge"}
 CHECKED_PATHS = 4096  # more images than this are refused by the memory limit
 
 
@@ -149,10 +150,19 @@ def doctor(options: dict[str, Any]) -> int:
 
 
 def bench(options: dict[str, Any]) -> None:
-    """Race a model against diffusers and torch.compile on this machine: a table, JSON, a drawing."""
-    from fastldm.bench import command
+    """Race a model against diffusers and torch.compile on this machine; or `scenes`: what it can draw."""
+    from fastldm.bench import command, scenes
 
-    command.run(**options)
+    parts = options.pop("parts", [])
+    alone = parts == ["scenes"]
+    if "scenes" in parts and not alone:
+        raise InvalidArgument("part", " ".join(parts), "scenes alone, or parts of a race")
+    for name in options.keys() & (RACING if alone else ASKING):
+        raise InvalidArgument(name, options[name], f"only {'in a race' if alone else 'with scenes'}")
+    if alone:
+        scenes.run(**options)
+    else:
+        command.run(parts=parts, **options)
 
 
 def train(options: dict[str, Any]) -> None:
@@ -315,7 +325,7 @@ def _parser() -> Parser:
     command = commands.add_parser("bench", help=bench.__doc__, argument_default=argparse.SUPPRESS)
     command.set_defaults(run=bench)
     add = command.add_argument
-    add("parts", nargs="*", metavar="PART", help="step, vae, image, cold, growth, memory (all)")
+    add("parts", nargs="*", metavar="PART", help="step, vae, image, cold, growth, memory (all); or scenes")
     add("--model", metavar="NAME", help="default, sd15, sd21, sdxl-shape (random weights), or a model's path")
     add("--device", metavar="NAME", help="cpu or cuda (the best there is)")
     add("--dtype", metavar="NAME", help="fp32, bf16 or fp16 (the device's)")
@@ -329,6 +339,10 @@ def _parser() -> Parser:
     add("--minutes", type=float, metavar="N", help="of racing, a part (5); 3 rounds at least")
     add("--json", dest="json_file", metavar="FILE", help="write the tables and the machine")
     add("--plot", metavar="FILE.png", help="draw them")
+    add = command.add_argument_group("scenes, read by the judge").add_argument
+    add("--every", type=int, metavar="N", help="every N-th of its prompts only (1)")
+    add("--guidance", type=float, metavar="G", help="guidance scale (7.5)")
+    add("--judge", metavar="FILE", help="another judge's weights (the shipped one's)")
 
     command = commands.add_parser("train", help=train.__doc__, argument_default=argparse.SUPPRESS)
     command.set_defaults(run=train)

@@ -9,6 +9,8 @@ import torch
 from hypothesis import settings
 from torch import Tensor
 
+from fastldm.scenes.judge import WEIGHTS, Judge
+
 # The same examples in every run, and no deadline: a loaded machine is not a failure.
 settings.register_profile("fastldm", derandomize=True, deadline=None)
 settings.load_profile("fastldm")
@@ -64,3 +66,11 @@ def poisoned() -> Iterator[None]:
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+@pytest.fixture(scope="session")
+def judge() -> Judge:
+    """The judge of scenes that fastldm ships."""
+    if not WEIGHTS.exists():
+        pytest.skip("the judge's weights come with the next weights commit")
+    return Judge.load()

@@ -43,7 +43,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "doctor": {"kernels", "runtime", "ops", "errors"},
     "tuning": {"kernels", *STAGES, *MODELS},
     "serve": {"api", "pipeline", *STAGES, *FRONT, *MODELS},
-    "bench": {"api", "pipeline", "doctor", *STAGES, *FRONT, *MODELS},
+    "bench": {"api", "pipeline", "doctor", "scenes", *STAGES, *FRONT, *MODELS},
     "cli": {
         *("api", "bench", "pipeline", "doctor", "serve", "training", "tuning", "verification"),
         *(*STAGES, *FRONT, *MODELS),
@@ -59,7 +59,7 @@ FROM_ELSEWHERE: dict[str, set[str]] = {
     "diffusion": {"torch"},
     "ops": {"torch"},
     "kernels": {"torch", "triton"},
-    "scenes": {"PIL", "numpy"},
+    "scenes": {"PIL", "numpy", "safetensors", "torch"},
     "checkpoint": {*NEEDED_TO_RUN, "huggingface_hub"},
     "training": {*NEEDED_TO_RUN, "tomli"},
     "bench": {*NEEDED_TO_RUN, "diffusers"},  # as a contender, where it is installed

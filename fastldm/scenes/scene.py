@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import numpy as np
 
@@ -123,7 +123,14 @@ def size_of(box: Box) -> str:
     return min(SIZES, key=lambda size: max(SIZES[size][0] - side, side - SIZES[size][1]))
 
 
-def relation(first: SceneObject, second: SceneObject) -> str | None:
+class Placed(Protocol):
+    """Something that stands somewhere in a picture."""
+
+    @property
+    def centre(self) -> tuple[float, float]: ...
+
+
+def relation(first: Placed, second: Placed) -> str | None:
     """The word of RELATIONS for first to second, or None when they stand on a diagonal."""
     dx, dy = (a - b for a, b in zip(first.centre, second.centre, strict=True))
     if max(abs(dx), abs(dy)) < 1.5 * min(abs(dx), abs(dy)):

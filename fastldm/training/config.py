@@ -111,16 +111,36 @@ class TrainConfig:
                 raise InvalidArgument(name, given, "absent with data: only scenes tell what they show")
 
 
-def read_config(file: Path) -> TrainConfig:
-    """Read a TOML file; InvalidArgument names a key that is unknown, missing or of the wrong type, with the
-    nearest known one.
+@dataclass(frozen=True)
+class JudgeSection:
+    """The judge of scenes and its optimisation."""
+
+    fit: FitSettings
+    spoilt: float = 0.25  # share of pictures with a shape or colours that are none of ours
+
+
+@dataclass(frozen=True)
+class JudgeConfig:
+    """A run that trains the judge of scenes; `output` is the file that it ends with."""
+
+    folder: Path
+    output: Path
+    judge: JudgeSection
+    seed: int = 0
+    threads: int = 2
+
+
+def read_config(file: Path) -> TrainConfig | JudgeConfig:
+    """Read a TOML file, a judge's when it has a section of that name.
+
+    InvalidArgument names a key that is unknown, missing or of the wrong type, with the nearest known one.
     """
     try:
         with open(file, "rb") as stream:
             given = tomllib.load(stream)
     except (OSError, tomllib.TOMLDecodeError) as error:
         raise InvalidArgument("config", str(file), f"a readable TOML file ({error})") from None
-    made: TrainConfig = _build(TrainConfig, given, "")
+    made: TrainConfig | JudgeConfig = _build(JudgeConfig if "judge" in given else TrainConfig, given, "")
     return made
 
 
@@ -140,7 +160,9 @@ def _build(cls: type, given: Mapping[str, Any], where: str) -> Any:
     return cls(**values)
 
 
-_SECTIONS = {c.__name__: c for c in (AutoencoderSection, TextSection, DiffusionSection, FitSettings)}
+_SECTIONS = {
+    c.__name__: c for c in (AutoencoderSection, TextSection, DiffusionSection, JudgeSection, FitSettings)
+}
 
 
 def _value(kind: Any, given: Any, name: str) -> Any:
@@ -167,4 +189,12 @@ def _value(kind: Any, given: Any, name: str) -> Any:
     raise InvalidArgument(name, given, f"a {kind}, not negative")
 
 
-__all__ = ["AutoencoderSection", "DiffusionSection", "TextSection", "TrainConfig", "read_config"]
+__all__ = [
+    "AutoencoderSection",
+    "DiffusionSection",
+    "JudgeConfig",
+    "JudgeSection",
+    "TextSection",
+    "TrainConfig",
+    "read_config",
+]

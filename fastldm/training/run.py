@@ -18,11 +18,12 @@ from fastldm.models.tokenizer import Tokenizer
 from fastldm.models.vae import AutoencoderKL
 from fastldm.scenes import VOCABULARY
 from fastldm.training.autoencoder import encode_all, psnr, train_autoencoder, train_decoder
-from fastldm.training.config import read_config
+from fastldm.training.config import JudgeConfig, TrainConfig, read_config
 from fastldm.training.data import PictureData, SceneData
 from fastldm.training.diffusion import SCHEDULER, TextToLatents, new_unet, train_diffusion
 from fastldm.training.folder import FolderData
 from fastldm.training.hints import make_hints
+from fastldm.training.judge import train_judge
 from fastldm.training.parallel import joined, local_device
 from fastldm.training.samples import PROMPTS, draw_samples
 from fastldm.training.session import Session
@@ -34,47 +35,53 @@ JUDGED = 100  # pictures that the autoencoder is measured on
 
 def main(config_file: str | Path, report: Callable[[str], None] = print, strict: bool = False) -> Path:
     """Train the model of a TOML configuration and return the folder it was written to, in the diffusers
-    layout, bfloat16.
+    layout, bfloat16; of a judge's, the file.
 
     Run it again after an interruption: it goes on from the last saved state and ends with the same weights.
     Under torchrun the processes share the work. `strict`: a picture that cannot be used is an error.
     """
     config = read_config(Path(config_file))
-    device = local_device(config.device)
     before = torch.get_num_threads()
     torch.set_num_threads(config.threads)
     try:
-        with joined(device) as workers:
-            session = Session(config, device, workers, report)
-            folder = None
-            if config.data is not None:
-                folder = FolderData.read(config.data, config.side, strict, session.say)
-            vae, tokenizer, model = first_stages(session, folder)
-            section = config.diffusion
-            if folder is None:
-                session.say(f"drawing {section.pictures} pictures to learn")
-            data = folder or SceneData.draw(section.pictures, config.seed + 2, section.stage)
-            latents, hints = scaled_latents(session, vae, data)
-            prompts = PROMPTS if folder is None else folder.texts[:SHOWN]
-
-            def sample(step: int) -> None:
-                draw_samples(config.folder / f"samples-{step}.png", vae, model, tokenizer, prompts)
-
-            train_diffusion(session, data, latents, hints, tokenizer, model, sample)
-            if workers.leads:
-                save_folder(
-                    config.output,
-                    unet=model.unet,
-                    vae=vae,
-                    text_encoder=model.text_encoder,
-                    tokenizer=tokenizer,
-                    scheduler=SCHEDULER,
-                    dtype=torch.bfloat16,
-                )
-            workers.wait()
-            session.say(f"wrote {config.output}")
+        if isinstance(config, JudgeConfig):
+            return train_judge(config, report)
+        return _train(config, report, strict)
     finally:
         torch.set_num_threads(before)
+
+
+def _train(config: TrainConfig, report: Callable[[str], None], strict: bool) -> Path:
+    device = local_device(config.device)
+    with joined(device) as workers:
+        session = Session(config, device, workers, report)
+        folder = None
+        if config.data is not None:
+            folder = FolderData.read(config.data, config.side, strict, session.say)
+        vae, tokenizer, model = first_stages(session, folder)
+        section = config.diffusion
+        if folder is None:
+            session.say(f"drawing {section.pictures} pictures to learn")
+        data = folder or SceneData.draw(section.pictures, config.seed + 2, section.stage)
+        latents, hints = scaled_latents(session, vae, data)
+        prompts = PROMPTS if folder is None else folder.texts[:SHOWN]
+
+        def sample(step: int) -> None:
+            draw_samples(config.folder / f"samples-{step}.png", vae, model, tokenizer, prompts)
+
+        train_diffusion(session, data, latents, hints, tokenizer, model, sample)
+        if workers.leads:
+            save_folder(
+                config.output,
+                unet=model.unet,
+                vae=vae,
+                text_encoder=model.text_encoder,
+                tokenizer=tokenizer,
+                scheduler=SCHEDULER,
+                dtype=torch.bfloat16,
+            )
+        workers.wait()
+        session.say(f"wrote {config.output}")
     return config.output
 
 

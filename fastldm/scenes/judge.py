@@ -1,0 +1,215 @@
+"""The judge: reads pictures of scenes back into words, by a small detector that learnt from renders alone."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastldm.errors import CheckpointError, InvalidArgument
+from fastldm.scenes.judge_net import BOX_UNIT, CELL, Cells, JudgeNet
+from fastldm.scenes.palette import COLOURS, IMAGE_SIZE, KINDS, LANDSCAPES, SKIES, STYLES
+from fastldm.scenes.scene import Box, position_of, size_of
+
+WEIGHTS = Path(__file__).parents[1] / "assets" / "judge" / "model.safetensors"
+
+GROUNDS = COLOURS + LANDSCAPES
+NO_SKY = "none"
+FACTS: dict[str, tuple[str, ...]] = {"background": GROUNDS, "sky": (NO_SKY, *SKIES), "style": STYLES}
+"""What is read of a whole picture, and its classes."""
+
+CLASSES = {"kinds": ",".join(KINDS), "colours": ",".join(COLOURS)} | {
+    fact: ",".join(names) for fact, names in FACTS.items()
+}
+"""The order of the outputs, kept beside the weights."""
+
+MIN_HEAT = 0.4
+"""Chance from which there is an object."""
+
+MIN_CHANCE = 0.6
+"""Chance from which a kind or a colour is named."""
+
+_BATCH = 32
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One object of a picture; `kind` or `colour` is None where the picture shows none of ours clearly.
+
+    `box`: x0, y0, x1, y1 in pixels. `score`: the chance that object, kind and colour are right, 0 to 1.
+    """
+
+    kind: str | None
+    colour: str | None
+    box: Box
+    score: float
+
+    @property
+    def centre(self) -> tuple[float, float]:
+        x0, y0, x1, y1 = self.box
+        return (x0 + x1) / 2, (y0 + y1) / 2
+
+    @property
+    def position(self) -> str | None:
+        """The word of POSITIONS for where the box stands, or None between the clear places."""
+        return position_of(self.box)
+
+    @property
+    def size(self) -> str:
+        """The word of SIZES that fits the box best."""
+        return size_of(self.box)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a picture shows: objects from the surest on, a colour or landscape as background, its sky."""
+
+    objects: tuple[Seen, ...]
+    background: str
+    sky: str | None
+    style: str
+
+
+class Judge:
+    """Reads pictures of 128 x 128 pixels: a uint8 array or tensor [N, 128, 128, 3], or a list of RGB images
+    of PIL or of arrays [128, 128, 3]. InvalidArgument for anything else.
+
+    One call reads any number of pictures; threads may share a judge.
+    """
+
+    def __init__(self, net: JudgeNet) -> None:
+        self.net = net.eval().requires_grad_(False)
+        self.net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str] | None = None) -> Judge:
+        """From a file that `fastldm train` wrote; None is the judge that fastldm ships.
+
+        CheckpointError when it cannot be read, or learnt other names than this version has.
+        """
+        file = Path(WEIGHTS if path is None else path)
+        try:
+            with safe_open(file, "pt") as stored:
+                learnt, state = (
+                    stored.metadata() or {},
+                    {key: stored.get_tensor(key) for key in stored.keys()},
+                )
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(file, None, f"cannot be read: {error}") from None
+        for name, order in CLASSES.items():
+            if learnt.get(name) != order:
+                raise CheckpointError(file, None, f"is a judge of other {name}: {learnt.get(name)}")
+        net = new_net()
+        try:
+            net.load_state_dict({key: tensor.float() for key, tensor in state.items()})
+        except RuntimeError as error:
+            raise CheckpointError(file, None, f"is another network: {error}") from None
+        return cls(net)
+
+    @torch.inference_mode()
+    def read(self, images: object) -> list[Reading]:
+        """The scene of each picture."""
+        readings = []
+        for batch in _batches(images):
+            _, merged, deep = self.net.levels(batch)
+            found = _objects(self.net.cells(merged))
+            facts = [logits.argmax(1).tolist() for logits in self.net.whole(self.net.pooled(deep))]
+            for objects, background, sky, style in zip(found, *facts, strict=True):
+                readings.append(
+                    Reading(objects, GROUNDS[background], SKIES[sky - 1] if sky else None, STYLES[style])
+                )
+        return readings
+
+    @torch.inference_mode()
+    def segment(self, images: object) -> np.ndarray[Any, np.dtype[np.uint8]]:
+        """Maps [N, 128, 128]: 0 is background, 1 + KINDS.index(kind) an object."""
+        maps = []
+        for batch in _batches(images):
+            fine, merged, _ = self.net.levels(batch)
+            logits = F.interpolate(
+                self.net.map(fine, merged), scale_factor=2, mode="bilinear", align_corners=False
+            )
+            maps.append(logits.argmax(1).to(torch.uint8).numpy())
+        return np.concatenate(maps)
+
+    @torch.inference_mode()
+    def features(self, images: object) -> Tensor:
+        """A vector for each picture, float32 [N, 128], for the Fréchet distance between sets of pictures."""
+        return torch.cat([self.net.pooled(self.net.levels(batch)[2]) for batch in _batches(images)])
+
+
+def new_net(**options: Any) -> JudgeNet:
+    """The network for the classes of this world; `options` as of JudgeNet."""
+    return JudgeNet(len(KINDS), len(COLOURS), tuple(map(len, FACTS.values())), **options)
+
+
+def _batches(images: object) -> Iterator[Tensor]:
+    """The pictures, some at a time: float32 in −1…1 [n, 3, 128, 128], channels-last."""
+    for part in _pixels(images).split(_BATCH):
+        yield part.permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def _pixels(images: object) -> Tensor:
+    """All pictures, uint8 [N, 128, 128, 3]."""
+    if isinstance(images, list | tuple):
+        arrays = [_checked(np.asarray(image), (IMAGE_SIZE, IMAGE_SIZE, 3)) for image in images]
+        images = np.stack(arrays) if arrays else None
+    elif isinstance(images, Tensor):
+        images = images.numpy(force=True)
+    shape = getattr(images, "shape", ())[:1] or (1,)
+    return torch.from_numpy(_checked(images, (*shape, IMAGE_SIZE, IMAGE_SIZE, 3)).copy())
+
+
+def _checked(array: object, shape: tuple[int, ...]) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    if isinstance(array, np.ndarray) and array.dtype == np.uint8 and array.shape == shape and array.size:
+        return array
+    given = f"{array.dtype} {list(array.shape)}" if isinstance(array, np.ndarray) else type(array).__name__
+    allowed = f"RGB pictures of {IMAGE_SIZE} x {IMAGE_SIZE} pixels: uint8 [N, {IMAGE_SIZE}, {IMAGE_SIZE}, 3]"
+    raise InvalidArgument("images", given, allowed)
+
+
+def _objects(cells: Cells) -> list[tuple[Seen, ...]]:
+    """The objects of each picture: where the heat peaks, of boxes that overlap the surest one."""
+    heat = cells.heat.float().sigmoid()
+    peaks = (heat == F.max_pool2d(heat, 3, 1, 1)) & (heat >= MIN_HEAT)
+    picture, _, row, column = peaks.nonzero(as_tuple=True)
+    sure = heat[picture, 0, row, column]
+    kind_chance, kind = cells.kind[picture, :, row, column].softmax(1).max(1)
+    colour_chance, colour = cells.colour[picture, :, row, column].softmax(1).max(1)
+    centre = torch.stack([column, row], 1) * CELL + CELL / 2
+    distances = cells.box[picture, :, row, column] * BOX_UNIT
+    boxes = torch.cat([centre - distances[:, :2], centre + distances[:, 2:]], 1).clamp(0, IMAGE_SIZE)
+    kinds = kind.where(kind_chance >= MIN_CHANCE, torch.tensor(len(KINDS)))
+    colours = colour.where(colour_chance >= MIN_CHANCE, torch.tensor(len(COLOURS)))
+    found: list[list[Seen]] = [[] for _ in range(len(heat))]
+    order = sure.argsort(descending=True).tolist()
+    score = (sure * kind_chance * colour_chance).tolist()
+    where, what, tint, corners = picture.tolist(), kinds.tolist(), colours.tolist(), boxes.tolist()
+    for i in order:
+        x0, y0, x1, y1 = corners[i]
+        others = found[where[i]]
+        if x1 - x0 < 1 or y1 - y0 < 1 or any(overlap((x0, y0, x1, y1), other.box) > 0.5 for other in others):
+            continue
+        others.append(
+            Seen((*KINDS, None)[what[i]], (*COLOURS, None)[tint[i]], (x0, y0, x1, y1), round(score[i], 4))
+        )
+    return [tuple(objects) for objects in found]
+
+
+def overlap(a: Box, b: Box) -> float:
+    """Intersection over union of two boxes."""
+    width = min(a[2], b[2]) - max(a[0], b[0])
+    height = min(a[3], b[3]) - max(a[1], b[1])
+    if width <= 0 or height <= 0:
+        return 0.0
+    common = width * height
+    areas = sum((box[2] - box[0]) * (box[3] - box[1]) for box in (a, b))
+    return common / (areas - common)
