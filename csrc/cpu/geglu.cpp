@@ -15,22 +15,25 @@ constexpr int64_t AHEAD = 256;  // so many numbers later are fetched: the two st
 // 4), as what follows amplifies the rounding of a^2 alike.
 template <typename E>
 FASTLDM_INLINE Floats scaled_tail(Floats t) {
-    const Floats t2 = t * t;
-    if (sizeof(E) == sizeof(float)) {
-        const Floats even = ((t2 * 0x1.7a5e46p-2f + 0x1.5f4234p-2f) * t2 + 0x1.02e8bap-3f) * t2 + 0x1.ba0c4cp-13f;
-        const Floats odd = ((t2 * -0x1.8eafe6p-4f + -0x1.4b5ba0p-2f) * t2 + -0x1.d53990p-7f) * t2 + 0x1.89953ap-4f;
-        return odd * t + even;
-    }
-    const Floats even = (t2 * -0x1.f5d918p-4f + 0x1.23c918p-4f) * t2 + -0x1.7a7cc4p-13f;
-    const Floats odd = (t2 * 0x1.fcd396p-3f + 0x1.98b7aep-3f) * t2 + 0x1.a7c466p-4f;
-    return odd * t + even;
+    if (sizeof(E) == sizeof(float))
+        return ((((((t * -0x1.8eafe6p-4f + 0x1.7a5e46p-2f) * t + -0x1.4b5ba0p-2f) * t + 0x1.5f4234p-2f) * t +
+                  -0x1.d53990p-7f) *
+                     t +
+                 0x1.02e8bap-3f) *
+                    t +
+                0x1.89953ap-4f) *
+                   t +
+               0x1.ba0c4cp-13f;
+    return ((((t * 0x1.fcd396p-3f + -0x1.f5d918p-4f) * t + 0x1.98b7aep-3f) * t + 0x1.23c918p-4f) * t + 0x1.a7c466p-4f) *
+               t +
+           -0x1.7a7cc4p-13f;
 }
 
-// exp(-a^2 / 2), to be stored as E; 0 above 13.2, where it is under 2e-38.
+// exp(-a^2 / 2), to be stored as E; 0 from 14.8 on.
 template <typename E>
 FASTLDM_INLINE Floats bell(Floats a) {
 #ifdef __AVX512F__
-    return exp_of_minus<E>(a * a * 0.5f);
+    return exp_of_minus<E>(a * a, 0.5f);
 #else
     const Floats exponent = a * a * -0.5f, least = splat(-87.0f);
     const Floats value = exp_in_range<E>(exponent < least ? least : exponent);
@@ -41,8 +44,9 @@ FASTLDM_INLINE Floats bell(Floats a) {
 // x Phi(x), to be stored as E. NaN at -infinity, as in PyTorch.
 template <typename E>
 FASTLDM_INLINE Floats gelu(Floats x) {
-    const Floats magnitude = x < Floats{} ? -x : x;
-    const Floats upper = bell<E>(magnitude) * scaled_tail<E>(quotient<E>(splat(1.0f), 1.0f + 0.25f * magnitude));
+    const Floats magnitude = reinterpret_cast<Floats>(reinterpret_cast<Words>(x) & 0x7fffffff);
+    const Floats bounded = smaller(splat(14.8f), magnitude);
+    const Floats upper = bell<E>(bounded) * scaled_tail<E>(quotient<E>(splat(1.0f), 1.0f + 0.25f * bounded));
     return x * (x > Floats{} ? 1.0f - upper : upper);
 }
 

@@ -247,6 +247,15 @@ FASTLDM_INLINE Floats larger(Floats a, Floats b) {
 #endif
 }
 
+// b where one of the two is NaN.
+FASTLDM_INLINE Floats smaller(Floats a, Floats b) {
+#ifdef __AVX512F__  // GCC 12 makes two instructions of the comparison
+    return _mm512_min_ps(a, b);
+#else
+    return a < b ? a : b;
+#endif
+}
+
 // exp(z) for -87 <= z <= 88; other z give any number. With z = n ln2 + r, exp(z) = 2^n p(r), where p is the minimax
 // polynomial over |r| <= ln2/2. For results of type float, degree 6: its error, 3.1e-9, leaves only rounding, and ln2
 // is in two parts, so that n times the first is exact without a fused multiply-add. For bfloat16, degree 4: 5.4e-6.
@@ -284,15 +293,14 @@ FASTLDM_INLINE Floats exp2_fraction(Floats r) {
 }
 
 #ifdef __AVX512F__
-// exp(-x), to be stored as E, 0 or infinite where its exponent has no room. With -x log2(e) = n + r, 2^n is by scaling.
-// For bfloat16, n is an integer. For float it is in sixteenths, the power of its fraction from a table, and for 2^r,
-// with |r| <= 1/32, the minimax polynomial has an error of 1.6e-9, which leaves only rounding.
+// exp(-x factor), to be stored as E, for a factor that is a power of two; 0 or infinite where its exponent has no room.
+// With the argument times log2(e) = n + r, 2^n is by scaling. For bfloat16, n is an integer. For float it is in
+// sixteenths, the power of its fraction from a table, and the minimax polynomial for 2^r, with |r| <= 1/32, has an
+// error of 1.6e-9, which leaves only rounding; the argument must be at most 2^17 there.
 template <typename E>
-FASTLDM_INLINE Floats exp_of_minus(Floats x) {
-    // Beyond 110, 2^r would go wrong while 2^n is all that counts. NaN stays NaN.
-    const Floats bounded = _mm512_max_ps(splat(-110.0f), _mm512_min_ps(splat(110.0f), x));
+FASTLDM_INLINE Floats exp_of_minus(Floats x, float factor = 1.0f) {
     if (sizeof(E) == 2) {
-        const Floats z = bounded * -1.44269504f;
+        const Floats z = x * (-1.44269504f * factor);
         const Floats n = _mm512_roundscale_ps(z, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
         return _mm512_scalef_ps(exp2_fraction(z - n), n);
     }
@@ -301,9 +309,10 @@ FASTLDM_INLINE Floats exp_of_minus(Floats x) {
                                                        0x1.306fe0p+0f, 0x1.3dea64p+0f, 0x1.4bfdaep+0f, 0x1.5ab07ep+0f,
                                                        0x1.6a09e6p+0f, 0x1.7a1148p+0f, 0x1.8ace54p+0f, 0x1.9c4918p+0f,
                                                        0x1.ae89fap+0f, 0x1.c199bep+0f, 0x1.d5818ep+0f, 0x1.ea4afap+0f};
+    const float log2e = -1.44269502f * factor, rest = -1.92596299e-8f * factor;
     const Floats to_sixteenths = splat(786432.0f);  // 1.5 * 2^19: the low bits of a sum with it hold 16 n
-    const Floats shifted = to_sixteenths - bounded * 1.44269502f, n = shifted - to_sixteenths;
-    const Floats r = (bounded * -1.44269502f - n) - bounded * 1.92596299e-8f;  // log2(e) in two parts
+    const Floats shifted = x * log2e + to_sixteenths, n = shifted - to_sixteenths;
+    const Floats r = (x * log2e - n) + x * rest;
     const Floats root = _mm512_permutexvar_ps(reinterpret_cast<__m512i>(shifted), load(sixteenths));
     const Floats growth = ((r * 0x1.c6ac6ap-5f + 0x1.ebfff4p-3f) * r + 0x1.62e430p-1f) * r;
     return _mm512_scalef_ps(root * growth + root, n);
@@ -314,7 +323,9 @@ FASTLDM_INLINE Floats exp_of_minus(Floats x) {
 template <typename E>
 FASTLDM_INLINE Floats silu(Floats x) {
 #ifdef __AVX512F__
-    return quotient<E>(x, 1.0f + exp_of_minus<E>(x));
+    Floats bounded = x;  // NaN stays NaN
+    if (sizeof(E) == 4) bounded = _mm512_max_ps(splat(-110.0f), _mm512_min_ps(splat(110.0f), x));
+    return quotient<E>(x, 1.0f + exp_of_minus<E>(bounded));
 #else
     // Above 87, exp(-x) no longer counts. As integers, floats compare like floats as long as one is positive.
     const Ints bits = reinterpret_cast<Ints>(x), most = reinterpret_cast<Ints>(splat(87.0f));
