@@ -11,22 +11,17 @@ constexpr int64_t SERIAL = 1 << 14;  // fewer numbers than this are done before 
 constexpr int64_t AHEAD = 256;  // so many numbers later are fetched: the two streams are short for the processor
 
 // exp(a^2 / 2) (1 - Phi(a)) for a in [0, 13.2] and Phi the normal distribution: the minimax polynomial, in relative
-// error, of t = 1 / (1 + a / 4). For results of type bfloat16, degree 5: 2.6e-5. For float, degree 7: 8.5e-8 (1 + a^2 /
-// 4), as what follows amplifies the rounding of a^2 alike.
+// error, of t = 1 / (1 + a / 4). For results of type bfloat16, degree 5: 2.6e-5. For float, degree 7: 8.5e-8 times
+// 1 + a^2 / 4, by which the rounding of a^2 is amplified too.
 template <typename E>
 FASTLDM_INLINE Floats scaled_tail(Floats t) {
-    if (sizeof(E) == sizeof(float))
-        return ((((((t * -0x1.8eafe6p-4f + 0x1.7a5e46p-2f) * t + -0x1.4b5ba0p-2f) * t + 0x1.5f4234p-2f) * t +
-                  -0x1.d53990p-7f) *
-                     t +
-                 0x1.02e8bap-3f) *
-                    t +
-                0x1.89953ap-4f) *
-                   t +
-               0x1.ba0c4cp-13f;
-    return ((((t * 0x1.fcd396p-3f + -0x1.f5d918p-4f) * t + 0x1.98b7aep-3f) * t + 0x1.23c918p-4f) * t + 0x1.a7c466p-4f) *
-               t +
-           -0x1.7a7cc4p-13f;
+    if (sizeof(E) == sizeof(float)) {
+        const Floats high = ((t * -0x1.8eafe6p-4f + 0x1.7a5e46p-2f) * t + -0x1.4b5ba0p-2f) * t + 0x1.5f4234p-2f;
+        const Floats middle = (high * t + -0x1.d53990p-7f) * t + 0x1.02e8bap-3f;
+        return (middle * t + 0x1.89953ap-4f) * t + 0x1.ba0c4cp-13f;
+    }
+    const Floats high = ((t * 0x1.fcd396p-3f + -0x1.f5d918p-4f) * t + 0x1.98b7aep-3f) * t + 0x1.23c918p-4f;
+    return (high * t + 0x1.a7c466p-4f) * t + -0x1.7a7cc4p-13f;
 }
 
 // exp(-a^2 / 2), to be stored as E; 0 from 14.8 on.
