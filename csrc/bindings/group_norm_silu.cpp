@@ -1,4 +1,5 @@
 #include <cstring>
+#include <memory>
 #include <vector>
 
 #include "bindings.h"
@@ -7,6 +8,9 @@ namespace py = pybind11;
 
 namespace fastldm {
 namespace {
+
+// Scratch that the kernels' threads write before they read it: clearing it here would take one of them longer.
+std::unique_ptr<float[]> uninitialised(size_t numbers) { return std::unique_ptr<float[]>(new float[numbers]); }
 
 // rows x channels numbers as float32; `stride` elements between rows.
 std::vector<float> floats(Address address, const std::string& type, int64_t rows, int64_t channels, int64_t stride) {
@@ -30,9 +34,9 @@ std::vector<double> moments_of(const Kernels& kernels, Address x, Type type, int
                                int64_t channels, int threads) {
     const size_t numbers = static_cast<size_t>(rows * channels);
     std::vector<double> moments(numbers * 2);
-    std::vector<float> blocks(numbers * 3 * static_cast<size_t>(ChannelMoments::blocks_of(pixels)));
+    const auto blocks = uninitialised(numbers * 3 * static_cast<size_t>(ChannelMoments::blocks_of(pixels)));
     kernels.channel_moments(
-        {pointer<const void>(x), moments.data(), blocks.data(), rows, pixels, channels, type, threads});
+        {pointer<const void>(x), moments.data(), blocks.get(), rows, pixels, channels, type, threads});
     return moments;
 }
 
@@ -66,7 +70,7 @@ void group_norm_silu(const std::string& isa, Address result, Address x, const st
     const float* given = pointer<const float>(moments);
     const std::vector<double> known = given ? std::vector<double>(given, given + rows * 2 * channels)
                                             : moments_of(kernels, x, element, rows, pixels, channels, threads);
-    std::vector<float> coefficients(static_cast<size_t>(rows * 3 * channels));
+    const auto coefficients = uninitialised(static_cast<size_t>(rows * 3 * channels));
 
     GroupNormSilu a{};
     a.x = pointer<const void>(x);
@@ -75,7 +79,7 @@ void group_norm_silu(const std::string& isa, Address result, Address x, const st
     a.weight = weights.data();
     a.bias = biases.data();
     a.row_bias = row_bias ? row_biases.data() : nullptr;
-    a.coefficients = coefficients.data();
+    a.coefficients = coefficients.get();
     a.rows = rows, a.pixels = pixels, a.channels = channels, a.groups = groups;
     a.eps = eps;
     a.silu = silu;

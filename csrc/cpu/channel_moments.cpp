@@ -1,8 +1,8 @@
 // Mean and variance of every channel over the pixels of a row, in channels-last memory, in one pass.
 //
-// They never subtract large sums: within a block of pixels, deviations from the mean of every fourth of them, so that
-// the squares summed are at most four times the spread; between blocks, the update of Chan, Golub & LeVeque (1983) in
-// double.
+// Sums are of deviations from numbers among which they are. Of 8 pixels, which registers hold, these are the deviations
+// from the first; of a block of pixels, from the mean of its first 8. So what is subtracted is a few times the spread
+// at most, however far the mean is from 0. Between blocks, the update of Chan, Golub & LeVeque (1983) in double.
 #include "kernels.h"
 #include "vector.h"
 
@@ -11,45 +11,70 @@ namespace fastldm::FASTLDM_ISA {
 namespace {
 
 constexpr int64_t BLOCK = ChannelMoments::BLOCK;
-constexpr int64_t SAMPLE = 4;  // every fourth pixel of a block gives the centre of its sums
 constexpr int64_t CHUNK = 64;  // channels whose blocks one task merges
 
-// One block of pixels, V vectors of channels (or `count` < LANES channels of one vector): a centre near the mean, and
-// the first two sums of the deviations from it.
-template <int V, typename E>
-FASTLDM_INLINE void block_of_channels(const E* x, int64_t pixels, int64_t channels, float* to, int count) {
-    const auto at = [&](int64_t pixel, int v) __attribute__((always_inline)) {
-        const E* from = x + pixel * channels + v * LANES;
-        return count == LANES ? load(from) : load(from, count);
-    };
-    Floats centre[V] = {}, first[V] = {}, second[V] = {};
-    for (int64_t pixel = 0; pixel < pixels; pixel += SAMPLE)
-        for (int v = 0; v < V; ++v) centre[v] += at(pixel, v);
-    const float samples = static_cast<float>((pixels + SAMPLE - 1) / SAMPLE);
-    for (int v = 0; v < V; ++v) centre[v] *= 1.0f / samples;
-    for (int64_t pixel = 0; pixel < pixels; ++pixel)
-        for (int v = 0; v < V; ++v) {
-            if (V > 1) __builtin_prefetch(x + pixel * channels + (v + V) * LANES);  // the channels after these
-            const Floats deviation = at(pixel, v) - centre[v];
-            first[v] += deviation;
-            second[v] += deviation * deviation;
-        }
-    for (int v = 0; v < V; ++v) {
-        store(to + v * LANES, count, centre[v]);
-        store(to + v * LANES + channels, count, first[v]);
-        store(to + v * LANES + 2 * channels, count, second[v]);
+// P pixels of a vector of channels: the first, and the first two sums of the deviations from it.
+struct Sums {
+    Floats first, deviations, squares;
+};
+
+template <int P>
+FASTLDM_INLINE Sums sums_of(const Floats (&x)[P]) {
+    Sums sums{x[0], {}, {}};
+    for (int p = 1; p < P; ++p) {
+        const Floats deviation = x[p] - x[0];
+        sums.deviations += deviation;
+        sums.squares += deviation * deviation;
+    }
+    return sums;
+}
+
+// Adds P pixels to a block [3, channels]: a centre near the mean, and the first two sums of the deviations from it.
+// `part`: how many channels, where they fill no vector.
+template <int P, typename... Part>
+FASTLDM_INLINE void add(float* block, int64_t channels, bool begins, const Sums& sums, Part... part) {
+    float *deviations = block + channels, *squares = deviations + channels;
+    if (begins) {
+        store(block, part..., sums.first + sums.deviations * (1.0f / P));
+        store(deviations, part..., Floats{});
+        store(squares, part..., Floats{});
+    }
+    const Floats offset = sums.first - load(block, part...), sum = sums.deviations + offset * static_cast<float>(P);
+    store(deviations, part..., load(deviations, part...) + sum);
+    store(squares, part..., load(squares, part...) + (sums.squares + offset * (sums.deviations + sum)));
+}
+
+template <int P, typename E>
+FASTLDM_INLINE void add_pixels(const E* x, int64_t channels, bool begins, float* block) {
+    int64_t c = 0;
+    for (; c + 2 * LANES <= channels; c += 2 * LANES) {
+        Floats one[P], other[P];
+        for (int p = 0; p < P; ++p) load_mixed(x + p * channels + c, one[p], other[p]);
+        prefetch<2 * LANES * P>(x + P * (channels + c));  // the next pixels, in the order of memory
+        Sums low = sums_of(one), high = sums_of(other);
+        unmix<E>(low.first, high.first);
+        unmix<E>(low.deviations, high.deviations);
+        unmix<E>(low.squares, high.squares);
+        add<P>(block + c, channels, begins, low);
+        add<P>(block + c + LANES, channels, begins, high);
+    }
+    for (; c < channels; c += LANES) {
+        const int left = channels - c < LANES ? static_cast<int>(channels - c) : LANES;
+        Floats pixels[P];
+        for (int p = 0; p < P; ++p) pixels[p] = load(x + p * channels + c, left);
+        add<P>(block + c, channels, begins, sums_of(pixels), left);
     }
 }
 
 template <typename E>
 void block_moments(const ChannelMoments& a, int64_t row, int64_t block) {
+    constexpr int P = 8;
     const int64_t start = block * BLOCK, left = a.pixels - start, pixels = left < BLOCK ? left : BLOCK;
     const E* x = static_cast<const E*>(a.x) + (row * a.pixels + start) * a.channels;
     float* to = a.blocks + (row * a.blocks_of(a.pixels) + block) * 3 * a.channels;
-    int64_t c = 0;
-    for (; c + 4 * LANES <= a.channels; c += 4 * LANES) block_of_channels<4>(x + c, pixels, a.channels, to + c, LANES);
-    for (; c + LANES <= a.channels; c += LANES) block_of_channels<1>(x + c, pixels, a.channels, to + c, LANES);
-    if (c < a.channels) block_of_channels<1>(x + c, pixels, a.channels, to + c, static_cast<int>(a.channels - c));
+    int64_t pixel = 0;
+    for (; pixel + P <= pixels; pixel += P) add_pixels<P>(x + pixel * a.channels, a.channels, pixel == 0, to);
+    for (; pixel < pixels; ++pixel) add_pixels<1>(x + pixel * a.channels, a.channels, pixel == 0, to);
 }
 
 // Mean and spread (the sum of squared deviations), then variance, of the channels of a row, merged over its blocks.

@@ -47,10 +47,9 @@ FASTLDM_INLINE void pixels_of(const GroupNormSilu& a, const E* x, E* to, const f
         const Floats means[] = {load(mean + c), load(mean + c + LANES)};
         const Floats scales[] = {load(scale + c), load(scale + c + LANES)};
         const Floats biases[] = {load(bias + c), load(bias + c + LANES)};
+        prefetch<2 * LANES * P>(x + P * (a.channels + c));  // the next pixels, in the order of memory
         for (int p = 0; p < P; ++p) {
             const E* from = x + p * a.channels + c;
-            __builtin_prefetch(from + P * a.channels);
-            if (sizeof(E) == 4) __builtin_prefetch(from + P * a.channels + LANES);
             const Floats low = result(load(from), means[0], scales[0], biases[0]);
             const Floats high = result(load(from + LANES), means[1], scales[1], biases[1]);
             if constexpr (STREAM)
@@ -71,14 +70,16 @@ FASTLDM_INLINE void pixels_of(const GroupNormSilu& a, const E* x, E* to, const f
 
 template <bool SILU, bool STREAM, typename E>
 void normalise(const GroupNormSilu& a, int64_t row, int64_t block) {
+    constexpr int P = 4;
     const int64_t start = block * BLOCK, end = start + BLOCK < a.pixels ? start + BLOCK : a.pixels;
     const float* coefficients = a.coefficients + row * 3 * a.channels;
     const E* x = static_cast<const E*>(a.x) + row * a.pixels * a.channels;
     E* to = static_cast<E*>(a.result) + row * a.pixels * a.channels;
     int64_t pixel = start;
-    for (; pixel + 2 <= end; pixel += 2)
-        pixels_of<2, SILU, STREAM>(a, x + pixel * a.channels, to + pixel * a.channels, coefficients);
-    if (pixel < end) pixels_of<1, SILU, STREAM>(a, x + pixel * a.channels, to + pixel * a.channels, coefficients);
+    for (; pixel + P <= end; pixel += P)
+        pixels_of<P, SILU, STREAM>(a, x + pixel * a.channels, to + pixel * a.channels, coefficients);
+    for (; pixel < end; ++pixel)
+        pixels_of<1, SILU, STREAM>(a, x + pixel * a.channels, to + pixel * a.channels, coefficients);
     if (STREAM) end_of_stream();
 }
 

@@ -77,7 +77,25 @@ FASTLDM_INLINE Floats load(const bfloat16* from) {
     return widen(halves);
 }
 
+// Two vectors of neighbours in memory, in an order that costs the least: bfloat16's even ones, then the odd ones.
+FASTLDM_INLINE void load_mixed(const float* from, Floats& one, Floats& other) {
+    one = load(from);
+    other = load(from + LANES);
+}
+
+FASTLDM_INLINE void load_mixed(const bfloat16* from, Floats& one, Floats& other) {
+    Words pairs;
+    std::memcpy(&pairs, from, sizeof pairs);
+    one = reinterpret_cast<Floats>(pairs << 16);
+    other = reinterpret_cast<Floats>(pairs & 0xffff0000u);
+}
+
 FASTLDM_INLINE void store(float* to, Floats values) { std::memcpy(to, &values, sizeof values); }
+
+template <int N, typename T>
+FASTLDM_INLINE void prefetch(const T* from) {
+    for (int i = 0; i < N; i += 64 / sizeof(T)) __builtin_prefetch(from + i);
+}
 
 FASTLDM_INLINE Halves narrow(Floats values) {
 #ifdef __AVX512BF16__  // rounds alike, but for numbers below 1.2e-38, which become 0
@@ -192,6 +210,19 @@ struct Count<0, J...> {
     using Type = Indices<J...>;
 };
 
+// What load_mixed mixed, in the order of memory.
+template <int... J>
+FASTLDM_INLINE void interleave(Floats& even, Floats& odd, Indices<J...>) {
+    const Floats low = __builtin_shufflevector(even, odd, (J / 2 + J % 2 * LANES)...);
+    odd = __builtin_shufflevector(even, odd, ((J + LANES) / 2 + J % 2 * LANES)...);
+    even = low;
+}
+
+template <typename E>
+FASTLDM_INLINE void unmix(Floats& one, Floats& other) {
+    if (sizeof(E) == 2) interleave(one, other, typename Count<LANES>::Type());
+}
+
 // Swaps, in blocks of 2 HALF x 2 HALF, the upper right quarter with the lower left one, for ever larger blocks.
 template <int HALF, int... J>
 FASTLDM_INLINE void transpose(Floats (&rows)[LANES], Indices<J...> lanes) {
@@ -213,6 +244,15 @@ FASTLDM_INLINE Floats larger(Floats a, Floats b) {
     return _mm256_max_ps(a, b);
 #else
     return a > b ? a : b;
+#endif
+}
+
+// b where one of the two is NaN.
+FASTLDM_INLINE Floats smaller(Floats a, Floats b) {
+#ifdef __AVX512F__  // GCC 12 makes two instructions of the comparison
+    return _mm512_min_ps(a, b);
+#else
+    return a < b ? a : b;
 #endif
 }
 
@@ -252,21 +292,47 @@ FASTLDM_INLINE Floats exp2_fraction(Floats r) {
     return ((r * 0x1.c2a222p-5f + 0x1.f00c54p-3f) * r + 0x1.62f5fap-1f) * r + 1.0f;
 }
 
+#ifdef __AVX512F__
+// exp(-x factor), to be stored as E, for a factor that is a power of two; 0 or infinite where its exponent has no room.
+// With the argument times log2(e) = n + r, 2^n is by scaling. For bfloat16, n is an integer. For float it is in
+// sixteenths, the power of its fraction from a table, and the minimax polynomial for 2^r, with |r| <= 1/32, has an
+// error of 1.6e-9, which leaves only rounding; the argument must be at most 2^17 there.
+template <typename E>
+FASTLDM_INLINE Floats exp_of_minus(Floats x, float factor = 1.0f) {
+    if (sizeof(E) == 2) {
+        const Floats z = x * (-1.44269504f * factor);
+        const Floats n = _mm512_roundscale_ps(z, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+        return _mm512_scalef_ps(exp2_fraction(z - n), n);
+    }
+    alignas(64) static constexpr float sixteenths[] = {// 2^(i / 16)
+                                                       0x1.000000p+0f, 0x1.0b5586p+0f, 0x1.172b84p+0f, 0x1.2387a6p+0f,
+                                                       0x1.306fe0p+0f, 0x1.3dea64p+0f, 0x1.4bfdaep+0f, 0x1.5ab07ep+0f,
+                                                       0x1.6a09e6p+0f, 0x1.7a1148p+0f, 0x1.8ace54p+0f, 0x1.9c4918p+0f,
+                                                       0x1.ae89fap+0f, 0x1.c199bep+0f, 0x1.d5818ep+0f, 0x1.ea4afap+0f};
+    const float log2e = -1.44269502f * factor, rest = -1.92596299e-8f * factor;
+    const Floats to_sixteenths = splat(786432.0f);  // 1.5 * 2^19: the low bits of a sum with it hold 16 n
+    const Floats shifted = x * log2e + to_sixteenths, n = shifted - to_sixteenths;
+    const Floats r = (x * log2e - n) + x * rest;
+    const Floats root = _mm512_permutexvar_ps(reinterpret_cast<__m512i>(shifted), load(sixteenths));
+    const Floats growth = ((r * 0x1.c6ac6ap-5f + 0x1.ebfff4p-3f) * r + 0x1.62e430p-1f) * r;
+    return _mm512_scalef_ps(root * growth + root, n);
+}
+#endif
+
 // x / (1 + exp(-x)), to be stored as E; -0 below -87, where the value is under 2e-36.
 template <typename E>
 FASTLDM_INLINE Floats silu(Floats x) {
 #ifdef __AVX512F__
-    if (sizeof(E) == 2) {  // 2^n is 0 or infinite where n has no such exponent
-        const Floats z = x * -1.44269504f;
-        const Floats n = _mm512_roundscale_ps(z, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-        return quotient<E>(x, 1.0f + Floats(_mm512_scalef_ps(exp2_fraction(z - n), n)));
-    }
-#endif
+    Floats bounded = x;  // NaN stays NaN
+    if (sizeof(E) == 4) bounded = _mm512_max_ps(splat(-110.0f), _mm512_min_ps(splat(110.0f), x));
+    return quotient<E>(x, 1.0f + exp_of_minus<E>(bounded));
+#else
     // Above 87, exp(-x) no longer counts. As integers, floats compare like floats as long as one is positive.
     const Ints bits = reinterpret_cast<Ints>(x), most = reinterpret_cast<Ints>(splat(87.0f));
     const Floats bounded = reinterpret_cast<Floats>(bits < most ? bits : most);
     const Floats value = quotient<E>(x, 1.0f + exp_in_range<E>(-bounded));
     return x < splat(-87.0f) ? x * 0.0f : value;
+#endif
 }
 
 }  // namespace fastldm::FASTLDM_ISA
