@@ -49,13 +49,15 @@ def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tensors, metadata = read("base_sd15")
     config = json.loads(metadata["config"])
     unet = UNet(UNetConfig.from_dict(config["unet"]))
-    text_encoder = CLIPTextModel(
-        CLIPTextConfig.from_dict(config["text_encoder"] | {"projection_dim": 24})
-    )
+    text_encoder = CLIPTextModel(CLIPTextConfig.from_dict(config["text_encoder"] | {"projection_dim": 24}))
     for part, network in (("unet", unet), ("text_encoder", text_encoder)):
         start = f"weight.{part}."
         network.load_state_dict(
-            {key.removeprefix(start): value.float() for key, value in tensors.items() if key.startswith(start)}
+            {
+                key.removeprefix(start): value.float()
+                for key, value in tensors.items()
+                if key.startswith(start)
+            }
         )
     torch.manual_seed(5)
     vae = AutoencoderKL(VAEConfig(block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4))
