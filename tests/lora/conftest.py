@@ -111,7 +111,9 @@ def write(tmp_path: Path) -> Callable[..., Path]:
         metadata: Mapping[str, str] | None = None,
         name: str = "lora.safetensors",
     ) -> Path:
-        save_file({key: value.contiguous() for key, value in tensors.items()}, tmp_path / name, metadata)
+        save_file(
+            {key: value.contiguous().clone() for key, value in tensors.items()}, tmp_path / name, metadata
+        )
         return tmp_path / name
 
     return make
