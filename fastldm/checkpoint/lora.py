@@ -168,8 +168,9 @@ def write_lora(
 ) -> None:
     """Write a LoRA, of one rank: `factors` are (down, up) by network ("unet", "text_encoder") and module.
 
-    The folder gets one file for diffusers, and for peft a folder of each network with an adapter_config.json.
-    An older LoRA there is replaced once this one is complete. CheckpointError when it cannot be written.
+    The folder gets one file for diffusers, and for peft a folder of each network with an adapter_config.json
+    (the text encoder's names start with `text_model.`, which transformers 5.6 and later leave out). An older
+    LoRA there is replaced once this one is complete. CheckpointError when it cannot be written.
     """
     target = Path(os.path.abspath(folder))
     configs = {

@@ -94,12 +94,12 @@ def read_lora_config(file: SafetensorsFile, part: str) -> LoraConfig:
 
 
 def peft_fields(rank: int, alpha: float, modules: Sequence[str]) -> dict[str, Any]:
-    """The fields that peft needs to make the same LoRA of these modules."""
+    """The fields that peft needs to make the same LoRA of these modules; it matches the ends of names."""
     return {
         "peft_type": "LORA",
         "r": rank,
         "lora_alpha": alpha,
-        "target_modules": sorted(modules),
+        "target_modules": sorted(name.removeprefix(TEXT_LEVEL) for name in modules),
         "lora_dropout": 0.0,
         "bias": "none",
         "use_rslora": False,

@@ -13,6 +13,7 @@ from fastldm.training.lora import ATTENTION, TEXT_ATTENTION, LoraSettings, train
 
 peft = pytest.importorskip("peft")
 diffusers = pytest.importorskip("diffusers")
+transformers = pytest.importorskip("transformers")
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "lora"
 
@@ -47,7 +48,7 @@ def assert_same(ours: torch.nn.Module, theirs: dict[str, torch.Tensor], plain: t
         old = before.get(key, before.get(f"text_model.{key}"))
         changed += not torch.equal(got, old)
         assert (got - want).abs().max() <= 4e-6 * want.abs().max(), key
-    assert changed >= 4
+    assert changed >= 3
 
 
 def test_peft_reads_what_is_written(base_folder: Path, trained: Path) -> None:
@@ -56,6 +57,12 @@ def test_peft_reads_what_is_written(base_folder: Path, trained: Path) -> None:
     unet = diffusers.UNet2DConditionModel.from_pretrained(base_folder / "unet")
     merged = peft.PeftModel.from_pretrained(unet, str(trained / "unet")).merge_and_unload()
     assert_same(pipe.components.unet, merged.state_dict(), plain.components.unet)
+    text = transformers.CLIPTextModel.from_pretrained(base_folder / "text_encoder")
+    if not hasattr(text, "text_model"):  # a level that transformers 5.6 left out, as peft does not
+        text, whole = torch.nn.Module(), text
+        text.text_model = whole
+    merged = peft.PeftModel.from_pretrained(text, str(trained / "text_encoder")).merge_and_unload()
+    assert_same(pipe.components.text_encoder, merged.state_dict(), plain.components.text_encoder)
 
 
 @pytest.mark.parametrize(
