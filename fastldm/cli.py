@@ -84,11 +84,12 @@ def generate(options: dict[str, Any]) -> None:
     if output is None:
         output = "out.png" if replay is None else f"{os.path.splitext(replay)[0]}-replay.png"
     loading = {name: options.pop(name) for name in LOADING if name in options}
+    loras = options.pop("lora", [])
     shortcuts = {name: options.pop(name) for name in SHORTCUTS if name in options}
     if shortcuts:
         options["shortcuts"] = shortcuts
     if replay is not None:
-        model, recorded = _replayed(replay, options, loading)
+        model, recorded = _replayed(replay, options, loading, loras)
         options = recorded | options
         loading.setdefault("model", model)
     count = options.get("num_images", 1)
@@ -96,6 +97,8 @@ def generate(options: dict[str, Any]) -> None:
 
     started = time.perf_counter()
     pipe = fastldm.load(loading.pop("model", "default"), **loading)
+    for lora, weight in loras:
+        pipe.load_lora(lora, weight)
     loaded = time.perf_counter() - started
     result = pipe.generate(progress=not quiet and _is_terminal(sys.stderr), **options)
     for warning in result.warnings:
@@ -187,7 +190,7 @@ def tune(options: dict[str, Any]) -> None:
         print(tuning.run(**options))
 
 
-def _replayed(path: str, options: Facts, loading: Facts) -> tuple[str, dict[str, Any]]:
+def _replayed(path: str, options: Facts, loading: Facts, loras: list[Any]) -> tuple[str, dict[str, Any]]:
     """The model and the arguments that a PNG records; options given beside --replay go before them."""
     from fastldm import images
 
@@ -199,6 +202,9 @@ def _replayed(path: str, options: Facts, loading: Facts) -> tuple[str, dict[str,
     here = isinstance(model, str) and (model == "default" or "model" in loading or os.path.exists(model))
     if not here:
         raise InvalidArgument("model", model, "--model PATH: what the picture was made with is not here")
+    if made.get("loras") and not loras:
+        names = json.dumps(made["loras"])[:200]
+        raise InvalidArgument("lora", None, f"--lora FILE:WEIGHT, as the picture was made with: {names}")
     recorded = {name: arguments[name] for name in REPLAYED if name in arguments}
     missing = arguments.get("not_recorded")
     for name, known in missing.items() if isinstance(missing, dict) else ():
@@ -260,6 +266,17 @@ def _seed(text: str) -> int | list[int] | None:
         allowed = "an integer, several as 7,8,9, or random"
         raise argparse.ArgumentTypeError(f"{text[:60]!r}: allowed is {allowed}") from None
     return seeds if len(seeds) > 1 else seeds[0]
+
+
+def _lora(text: str) -> tuple[str, float]:
+    """A path, and after a colon a weight."""
+    path, colon, weight = text.rpartition(":")
+    if colon and not os.path.exists(text):
+        try:
+            return path, float(weight)
+        except ValueError:
+            pass
+    return text, 1.0
 
 
 class _Version(argparse.Action):
@@ -373,6 +390,7 @@ def _parser() -> Parser:
 def _add_loading(command: argparse.ArgumentParser) -> None:
     add = command.add_argument_group("the model").add_argument
     add("--model", metavar="PATH", help="folder, .safetensors file or Hub id (the shipped model)")
+    add("--lora", type=_lora, action="append", metavar="FILE[:WEIGHT]", help="merge it (1); several add up")
     add("--device", metavar="NAME", help="cpu, cuda, cuda:1 (the best there is)")
     add("--dtype", metavar="NAME", help="fp32, bf16 or fp16 (the device's)")
     add("--config", metavar="CONFIG", help=CONFIG_HELP)

@@ -1,13 +1,14 @@
 """Prompt to image: arguments → text → noise → table → condition → denoise → decode, each a public method.
 
-A pipeline does not change after loading; calls from several threads are served one after the other. `stages`
-is the way of one request; `generate` drives it through a bucket of slots of its own, and
+A pipeline changes by `load_lora` and `unload_lora` alone; calls from several threads are served one after the
+other. `stages` is the way of one request; `generate` drives it through a bucket of slots of its own, and
 `fastldm.runtime.Batcher` through slots that several requests share.
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable, Generator, Iterator, Mapping
 from functools import cached_property, partial
 from typing import Any
@@ -21,6 +22,7 @@ from fastldm.arguments import Limits, Request, check_generate
 from fastldm.checkpoint import Components, inspect
 from fastldm.diffusion import SamplerTable, build_table
 from fastldm.errors import CheckpointError, InvalidArgument, NonFiniteOutput, OutOfMemory
+from fastldm.lora import MergedLoras
 from fastldm.models.layers import channels_last
 from fastldm.models.text import TextConditioner, TextEmbeddings
 from fastldm.models.unet import UNetCondition
@@ -29,7 +31,7 @@ from fastldm.result import Clock, Result
 from fastldm.runtime.graphs import CudaRecorder, Graphs
 from fastldm.runtime.memory import TensorCache, available_bytes, out_of_memory, to_device, to_host
 from fastldm.runtime.segments import segments
-from fastldm.runtime.slots import CachingSlots, Group, Outcome, Slots, Watch, smallest, split
+from fastldm.runtime.slots import CachingSlots, Group, Outcome, Slots, Watch, smallest, split, watcher
 from fastldm.runtime.turns import Turns
 
 EMBEDDED, CONDITIONED = 16 << 20, 128 << 20  # bytes kept of embedded text, and of its keys and values
@@ -55,6 +57,7 @@ class Pipeline:
         networks = (components.unet, components.vae, components.text_encoder)
         for network in networks:
             channels_last(network.to(device, dtype))
+        self.loras = MergedLoras(unet=components.unet, text_encoder=components.text_encoder)
         self.text = TextConditioner(components.tokenizer, components.text_encoder)
         self.turns = Turns()
         recorder = CudaRecorder(device) if device.type == "cuda" else None
@@ -116,6 +119,22 @@ class Pipeline:
                 count = smallest(len(group.latents))
                 outcome = self.slots(group, count, group.guided, request.cuda_graph).complete(group)
 
+    def load_lora(self, path: str | os.PathLike[str], weight: float = 1.0) -> None:
+        """Merge a LoRA into the UNet and the text encoder, on top of those that are there.
+
+        path: a .safetensors file with the names of peft, diffusers or kohya, or a folder of peft or diffusers
+        with one. Raises InvalidArgument, and CheckpointError that names a key which no module has or that
+        does not fit; then nothing has changed.
+        """
+        lora = self.loras.read(path, weight)
+        with self.turn():
+            self.loras.add(lora)
+
+    def unload_lora(self) -> None:
+        """Take all LoRAs out again: every weight has the bits that it was loaded with."""
+        with self.turn():
+            self.loras.clear()
+
     def check(self, prompt: str | list[str] | None = None, **arguments: Any) -> Request:
         """The request that these keywords of `generate` describe, or the error for the first wrong one."""
         request = check_generate(self.limits, prompt=prompt, **arguments)
@@ -169,7 +188,7 @@ class Pipeline:
             for number, images in enumerate(groups):
                 generators = [torch.Generator("cpu").manual_seed(request.seeds[i]) for i in images]
                 latents = self.start(request, table, images, generators)
-                watch = _watch(request, number, len(groups), len(table.draws))
+                watch = watcher(request.progress, request.callback, number, len(groups), len(table.draws))
                 group = self.condition(request, table, text, images, latents, generators, watch)
                 clock.lap("condition")
                 outcome = yield from segments(group, request.shortcuts.guided(len(table.draws)))
@@ -195,7 +214,7 @@ class Pipeline:
             warnings=(*self.components.warnings, *request.warnings, *text.warnings, *eager),
             stopped=stopped,
             shortcuts=request.shortcuts,
-            describe=partial(self._describe, request),
+            describe=partial(self._describe, request, self.loras.describe()),
         )
 
     def table(self, request: Request) -> SamplerTable:
@@ -369,26 +388,13 @@ class Pipeline:
     def _hash(self) -> str:
         return inspect(self.components.path).hash
 
-    def _describe(self, request: Request, index: int) -> Mapping[str, Any]:
+    def _describe(self, request: Request, loras: list[dict[str, Any]], index: int) -> Mapping[str, Any]:
         """What a PNG of image `index` says of its making."""
         shipped = self.components.path.name == "default" and "assets" in self.components.path.parts
         return {
             "version": __version__,
             "model": "default" if shipped else str(self.components.path),
             "model_hash": self._hash,
+            **({"loras": loras} if loras else {}),
             "arguments": request.arguments(index),
         }
-
-
-def _watch(request: Request, number: int, groups: int, steps: int) -> Watch | None:
-    """What reports the steps of group `number` to the caller, who may ask to stop; None if nobody listens."""
-    progress, callback = request.progress, request.callback
-    if progress is None and callback is None:
-        return None
-
-    def watch(step: int, x0: Callable[[], Tensor]) -> bool:
-        if progress is not None:
-            progress(number * steps + step + 1, groups * steps)
-        return callback is not None and callback(number * steps + step, x0()) is False
-
-    return watch

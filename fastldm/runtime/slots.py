@@ -33,6 +33,25 @@ Predict = Callable[[Tensor, Tensor, Tensor | None, Tensor, Tensor], Tensor]
 Watch = Callable[[int, Callable[[], Tensor]], bool]
 
 
+def watcher(
+    progress: Callable[[int, int], object] | None,
+    callback: Callable[[int, Tensor], object] | None,
+    number: int,
+    groups: int,
+    steps: int,
+) -> Watch | None:
+    """What reports the steps of group `number` to the caller, who may ask to stop; None if nobody listens."""
+    if progress is None and callback is None:
+        return None
+
+    def watch(step: int, x0: Callable[[], Tensor]) -> bool:
+        if progress is not None:
+            progress(number * steps + step + 1, groups * steps)
+        return callback is not None and callback(number * steps + step, x0()) is False
+
+    return watch
+
+
 @dataclass(frozen=True)
 class Group:
     """Images of one request that are made together: what they bring to their slots."""
