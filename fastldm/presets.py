@@ -9,6 +9,7 @@ from typing import Any
 from fastldm.models.clip import CLIP_L, OPENCLIP_H, CLIPTextConfig
 from fastldm.models.unet import UNetConfig
 from fastldm.models.vae import VAEConfig
+from fastldm.models.vq import VQConfig
 
 
 @dataclass(frozen=True)
@@ -61,3 +62,25 @@ SDXL_SHAPE = Preset(
     _DDIM,
 )
 PRESETS = {"sd15": SD15, "sd21": SD21, "sdxl-shape": SDXL_SHAPE}
+
+_VQ_F4 = VQConfig()
+_VQ_F8 = VQConfig(
+    latent_channels=4,
+    block_out_channels=(128, 256, 256, 512),
+    attention_levels=(3,),
+    num_vq_embeddings=16384,
+)
+_KL_F4 = VAEConfig(latent_channels=3, block_out_channels=(128, 256, 512))
+_F16 = (128, 128, 256, 256, 512)
+FIRST_STAGES: dict[str, VAEConfig | VQConfig] = {
+    "kl-f4": _KL_F4,
+    "kl-f8": VAEConfig(),
+    "kl-f16": replace(_KL_F4, latent_channels=16, block_out_channels=_F16, attention_levels=(4,)),
+    "kl-f32": replace(_KL_F4, latent_channels=64, block_out_channels=(*_F16, 512), attention_levels=(4, 5)),
+    "vq-f4": _VQ_F4,
+    "vq-f4-noattn": replace(_VQ_F4, mid_block_add_attention=False),
+    "vq-f8": _VQ_F8,
+    "vq-f8-n256": replace(_VQ_F8, num_vq_embeddings=256),
+    "vq-f16": replace(_VQ_F8, latent_channels=8, block_out_channels=_F16, attention_levels=(4,)),
+}
+"""The first stages of the latent diffusion paper. (arXiv:2112.10752, tables 8 and 15)"""

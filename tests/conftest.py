@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import settings
+from safetensors import safe_open
 from torch import Tensor
 
 from fastldm.scenes.judge import WEIGHTS, Judge
@@ -74,3 +78,34 @@ def judge() -> Judge:
     if not WEIGHTS.exists():
         pytest.skip("the judge's weights come with the next weights commit")
     return Judge.load()
+
+
+class Recorded:
+    """A network or loss recorded from the original code: its arguments, and tensors by name."""
+
+    def __init__(self, name: str) -> None:
+        self.groups: dict[str, dict[str, Tensor]] = {"weight": {}, "in": {}, "out": {}, "truth64": {}}
+        with safe_open(Path(__file__).parent / "fixtures" / f"{name}.safetensors", "pt") as file:
+            self.config = json.loads(file.metadata()["config"])
+            self.tolerance = float(file.metadata()["tol"])
+            for key in file.keys():
+                group, _, rest = key.partition(".")
+                tensor = file.get_tensor(key).clone()  # views of the file may be unaligned
+                self.groups[group][rest] = tensor.float() if group == "weight" else tensor
+        self.weight, self.input, self.out = (self.groups[group] for group in ("weight", "in", "out"))
+
+    def holds(self, name: str, got: Tensor) -> None:
+        """`got` is the recorded output: integers equal, floats within the file's tolerance."""
+        want = self.out[name]
+        assert got.shape == want.shape, f"{name}: {got.shape} instead of {want.shape}"
+        if not want.is_floating_point():
+            assert torch.equal(got, want), name
+            return
+        error = (got.double() - want.double()).abs().max().item() / max(1.0, want.abs().max().item())
+        assert error <= self.tolerance, f"{name}: {error:.2e} > {self.tolerance:.0e}"
+
+
+@pytest.fixture(scope="session")
+def recorded() -> Callable[[str], Any]:
+    """Reads a case of tests/fixtures by its path without the ending."""
+    return Recorded

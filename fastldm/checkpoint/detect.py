@@ -148,6 +148,7 @@ def infer_vae(shapes: Shapes, scaling_factor: float) -> dict[str, Any]:
     levels = shapes.count(lambda i: f"encoder.down.{i}.block.0.conv1.weight")
     if not 0 < levels <= MAX_LEVELS:
         raise shapes.error("encoder.down.*", f"has {levels} levels")
+    kinds = ["Attn" if f"encoder.down.{i}.attn.0.q.weight" in shapes else "" for i in range(levels)]
     return {
         "_class_name": "AutoencoderKL",
         "in_channels": shapes.get("encoder.conv_in.weight", 4)[1],
@@ -157,8 +158,8 @@ def infer_vae(shapes: Shapes, scaling_factor: float) -> dict[str, Any]:
             shapes.get(f"encoder.down.{i}.block.0.conv1.weight", 4)[0] for i in range(levels)
         ],
         "layers_per_block": shapes.count(lambda i: f"encoder.down.0.block.{i}.conv1.weight"),
-        "down_block_types": ["DownEncoderBlock2D"] * levels,
-        "up_block_types": ["UpDecoderBlock2D"] * levels,
+        "down_block_types": [f"{kind}DownEncoderBlock2D" for kind in kinds],
+        "up_block_types": [f"{kind}UpDecoderBlock2D" for kind in kinds[::-1]],
         "act_fn": "silu",
         "norm_num_groups": 32,
         "mid_block_add_attention": "encoder.mid.attn_1.q.weight" in shapes,

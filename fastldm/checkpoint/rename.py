@@ -144,13 +144,14 @@ def _unet_pairs(down: list[str], up: list[str], layers: int) -> Iterator[Pair]:
 
 
 def vae_names(config: Mapping[str, Any]) -> Names:
-    """Names of a KL autoencoder with these fields of config.json: block_out_channels, layers_per_block."""
+    """Names of an autoencoder with these fields of config.json: block_out_channels, layers_per_block."""
     return Names(STAGES["vae"], _vae_pairs(len(config["block_out_channels"]), config["layers_per_block"]))
 
 
 def _vae_pairs(levels: int, layers: int) -> Iterator[Pair]:
     yield "quant_conv", "quant_conv"
     yield "post_quant_conv", "post_quant_conv"
+    yield "quantize", "quantize"
     for half in ("encoder", "decoder"):
         yield f"{half}.conv_in", f"{half}.conv_in"
         yield f"{half}.norm_out", f"{half}.conv_norm_out"
@@ -160,21 +161,18 @@ def _vae_pairs(levels: int, layers: int) -> Iterator[Pair]:
         yield f"{half}.mid.block_2", f"{half}.mid_block.resnets.1"
     for level in range(levels):
         for layer in range(layers):
-            yield from _vae_resnet(
-                f"encoder.down.{level}.block.{layer}", f"encoder.down_blocks.{level}.resnets.{layer}"
-            )
+            yield from _vae_layer(f"encoder.down.{level}", f"encoder.down_blocks.{level}", layer)
         yield f"encoder.down.{level}.downsample.conv", f"encoder.down_blocks.{level}.downsamplers.0.conv"
         up = levels - 1 - level  # CompVis counts the decoder's levels from the image, not from the latents
         for layer in range(layers + 1):
-            yield from _vae_resnet(
-                f"decoder.up.{up}.block.{layer}", f"decoder.up_blocks.{level}.resnets.{layer}"
-            )
+            yield from _vae_layer(f"decoder.up.{up}", f"decoder.up_blocks.{level}", layer)
         yield f"decoder.up.{up}.upsample.conv", f"decoder.up_blocks.{level}.upsamplers.0.conv"
 
 
-def _vae_resnet(single: str, folder: str) -> Iterator[Pair]:
-    yield single, folder
-    yield f"{single}.nin_shortcut", f"{folder}.conv_shortcut"
+def _vae_layer(single: str, folder: str, layer: int) -> Iterator[Pair]:
+    yield f"{single}.block.{layer}", f"{folder}.resnets.{layer}"
+    yield f"{single}.block.{layer}.nin_shortcut", f"{folder}.resnets.{layer}.conv_shortcut"
+    yield from _below(f"{single}.attn.{layer}", f"{folder}.attentions.{layer}", VAE_ATTENTION)
 
 
 def modern_vae_key(key: str) -> str:

@@ -1,9 +1,12 @@
-"""The KL autoencoder: images to latents and back. (Rombach et al. 2022, arXiv:2112.10752, section 3.1)"""
+"""The KL autoencoder, and what it shares with the quantising one: images to latents and back.
+(Rombach et al. 2022, arXiv:2112.10752, section 3.1)
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -25,8 +28,8 @@ EPS = 1e-6
 
 
 @dataclass(frozen=True)
-class VAEConfig:
-    """An autoencoder's shape, and the scale and shift between its latents and the ones the diffusion sees."""
+class AutoencoderConfig:
+    """The shape that convolutional autoencoders share, level by level from the image to the latents."""
 
     in_channels: int = 3
     out_channels: int = 3
@@ -35,9 +38,8 @@ class VAEConfig:
     layers_per_block: int = 2
     norm_num_groups: int = 32
     mid_block_add_attention: bool = True
-    use_quant_conv: bool = True
-    use_post_quant_conv: bool = True
-    scaling_factor: float = 0.18215
+    attention_levels: tuple[int, ...] = ()  # where attention follows each residual block; 0: at full size
+    scaling_factor: float = 1.0  # between the latents and those that the diffusion sees, and the shift
     shift_factor: float = 0.0
 
     @property
@@ -45,37 +47,60 @@ class VAEConfig:
         """Pixels along a side of one latent."""
         return 2 ** (len(self.block_out_channels) - 1)
 
+    @property
+    def block_types(self) -> dict[str, list[str]]:
+        """The names of the levels in a diffusers config.json."""
+        kinds = ["Attn" if i in self.attention_levels else "" for i in range(len(self.block_out_channels))]
+        return {
+            "down_block_types": [f"{kind}DownEncoderBlock2D" for kind in kinds],
+            "up_block_types": [f"{kind}UpDecoderBlock2D" for kind in kinds[::-1]],
+        }
+
+    @classmethod
+    def read(cls, fields: Mapping[str, Any], file: str, fixed: Mapping[str, Any]) -> dict[str, Any]:
+        """The dataclass fields in a diffusers config.json, beside `fixed` ones; CheckpointError for one that
+        this network does not have.
+        """
+        fields = {"block_out_channels": (64,), "layers_per_block": 1, **fields}
+        down = fields.get("down_block_types") or ()
+        attention = tuple(i for i, kind in enumerate(down) if kind == "AttnDownEncoderBlock2D")
+        widths = tuple(fields["block_out_channels"])
+        kinds = AutoencoderConfig(block_out_channels=widths, attention_levels=attention).block_types
+        read = read_config(
+            cls,
+            fields,
+            file,
+            fixed={"act_fn": "silu", **kinds, **fixed},
+            inert={"sample_size", "force_upcast"},
+            derived=("attention_levels",),
+        )
+        return {**read, "attention_levels": attention}
+
+    def fields(self) -> dict[str, Any]:
+        """The fields of a diffusers config.json of this autoencoder."""
+        own = {name: list(value) if isinstance(value, tuple) else value for name, value in vars(self).items()}
+        del own["attention_levels"]
+        return {"act_fn": "silu", **self.block_types, **own, "shift_factor": self.shift_factor or None}
+
+
+@dataclass(frozen=True)
+class VAEConfig(AutoencoderConfig):
+    """The shape of a KL autoencoder."""
+
+    scaling_factor: float = 0.18215
+    use_quant_conv: bool = True
+    use_post_quant_conv: bool = True
+
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any], file: str = "vae/config.json") -> VAEConfig:
         """Read the fields of a diffusers vae/config.json; CheckpointError for one that this network does
         not have.
         """
-        levels = len(fields.get("block_out_channels", ()))
-        fixed = {
-            "act_fn": "silu",
-            "down_block_types": ["DownEncoderBlock2D"] * levels,
-            "up_block_types": ["UpDecoderBlock2D"] * levels,
-            "latents_mean": None,
-            "latents_std": None,
-        }
-        inert = {"sample_size", "force_upcast"}
-        return cls(
-            **read_config(cls, fields, file, fixed=fixed, inert=inert, defaults={"block_out_channels": (64,)})
-        )
+        return cls(**cls.read(fields, file, {"latents_mean": None, "latents_std": None}))
 
     def to_dict(self) -> dict[str, Any]:
         """The diffusers vae/config.json of this autoencoder."""
-        levels = len(self.block_out_channels)
-        return {
-            "_class_name": "AutoencoderKL",
-            "act_fn": "silu",
-            "down_block_types": ["DownEncoderBlock2D"] * levels,
-            "up_block_types": ["UpDecoderBlock2D"] * levels,
-            **{
-                name: list(value) if isinstance(value, tuple) else value for name, value in vars(self).items()
-            },
-            "shift_factor": self.shift_factor or None,
-        }
+        return {"_class_name": "AutoencoderKL", **self.fields()}
 
 
 @dataclass(frozen=True)
@@ -85,9 +110,14 @@ class DiagonalGaussian:
     mean: Tensor
     logvar: Tensor
 
+    @property
+    def std(self) -> Tensor:
+        """Standard deviation of each latent."""
+        return torch.exp(0.5 * self.logvar)
+
     def sample(self, noise: Tensor) -> Tensor:
         """mean + std · noise."""
-        return self.mean + torch.exp(0.5 * self.logvar) * noise
+        return self.mean + self.std * noise
 
     def kl(self) -> Tensor:
         """Divergence from the standard normal, summed over each image: [N]."""
@@ -95,27 +125,52 @@ class DiagonalGaussian:
         return 0.5 * terms.sum(dim=(1, 2, 3))
 
 
-class Block(nn.Module):
-    """Residual blocks, then a change of resolution in all but the last level."""
+@dataclass(frozen=True)
+class PointMass:
+    """The posterior of an encoder that leaves nothing to chance: latents [N, C, h, w]."""
 
-    def __init__(self, width_in: int, width: int, layers: int, groups: int, resample: str | None) -> None:
+    mean: Tensor
+
+    @property
+    def std(self) -> Tensor:
+        """Zeros."""
+        return torch.zeros_like(self.mean)
+
+    def sample(self, noise: Tensor) -> Tensor:
+        """The latents themselves."""
+        return self.mean
+
+
+class Block(nn.Module):
+    """Residual blocks, each followed by attention if asked for, then a change of resolution in all but the
+    last level.
+    """
+
+    def __init__(
+        self, width_in: int, width: int, layers: int, groups: int, attention: bool, resample: str | None
+    ) -> None:
         super().__init__()
         widths = [width_in] + [width] * (layers - 1)
         self.resnets = nn.ModuleList([ResBlock(w, width, groups, EPS) for w in widths])
-        if resample == "down":
-            self.downsamplers = nn.ModuleList([Downsample(width, asymmetric=True)])
-        if resample == "up":
-            self.upsamplers = nn.ModuleList([Upsample(width)])
+        self.attentions = nn.ModuleList([MapAttention(width, groups) for _ in range(layers * attention)])
+        self.downsamplers = nn.ModuleList([Downsample(width, asymmetric=True)] if resample == "down" else [])
+        self.upsamplers = nn.ModuleList([Upsample(width)] if resample == "up" else [])
+
+    def layers(self) -> Iterator[nn.Module]:
+        """The layers in the order in which they are applied."""
+        for pair in zip_longest(self.resnets, self.attentions):
+            yield from filter(None, pair)
+        yield from self.downsamplers
+        yield from self.upsamplers
 
     def forward(self, x: Tensor) -> Tensor:
-        for part in self.children():
-            for layer in part:  # type: ignore[attr-defined]
-                x = layer(x)
+        for layer in self.layers():
+            x = layer(x)
         return x
 
 
-class MidAttention(Attention):
-    """Single-head self-attention over all pixels of the smallest map."""
+class MapAttention(Attention):
+    """Single-head self-attention over all pixels of a map."""
 
     def __init__(self, width: int, groups: int) -> None:
         super().__init__(width, heads=1, qkv_bias=True)
@@ -132,7 +187,7 @@ class MidBlock(nn.Module):
     def __init__(self, width: int, groups: int, attention: bool) -> None:
         super().__init__()
         self.resnets = nn.ModuleList([ResBlock(width, width, groups, EPS) for _ in range(2)])
-        self.attentions = nn.ModuleList([MidAttention(width, groups)] if attention else [])
+        self.attentions = nn.ModuleList([MapAttention(width, groups)] if attention else [])
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.resnets[0](x)
@@ -142,62 +197,63 @@ class MidBlock(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Images [N, 3, H, W] → moments of the latents [N, 2·latent_channels, H/f, W/f]."""
+    """Images [N, 3, H, W] → what the latents are made from [N, channels, H/f, W/f]."""
 
-    def __init__(self, config: VAEConfig) -> None:
+    def __init__(self, config: AutoencoderConfig, channels: int) -> None:
         super().__init__()
         widths, groups = config.block_out_channels, config.norm_num_groups
-        last = len(widths) - 1
         self.conv_in = Conv2d(config.in_channels, widths[0], 3, padding=1)
         self.down_blocks = nn.ModuleList(
             [
                 Block(
-                    widths[max(i - 1, 0)],
+                    widths[max(level - 1, 0)],
                     width,
                     config.layers_per_block,
                     groups,
-                    "down" if i < last else None,
+                    level in config.attention_levels,
+                    "down" if level < len(widths) - 1 else None,
                 )
-                for i, width in enumerate(widths)
+                for level, width in enumerate(widths)
             ]
         )
         self.mid_block = MidBlock(widths[-1], groups, config.mid_block_add_attention)
         self.conv_norm_out = GroupNorm(groups, widths[-1], EPS)
-        self.conv_out = Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
+        self.conv_out = Conv2d(widths[-1], channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.conv_in(x)
+        x = self.conv_in(x.contiguous(memory_format=torch.channels_last))
         for block in self.down_blocks:
             x = block(x)
         return self.conv_out(self.conv_norm_out(self.mid_block(x)))
 
 
 class Decoder(nn.Module):
-    """Latents [N, C, h, w] → images [N, 3, f·h, f·w]."""
+    """What was made of the latents [N, channels, h, w] → images [N, 3, f·h, f·w]."""
 
-    def __init__(self, config: VAEConfig) -> None:
+    def __init__(self, config: AutoencoderConfig, channels: int) -> None:
         super().__init__()
-        widths, groups = config.block_out_channels[::-1], config.norm_num_groups
+        widths, groups = config.block_out_channels, config.norm_num_groups
         last = len(widths) - 1
-        self.conv_in = Conv2d(config.latent_channels, widths[0], 3, padding=1)
-        self.mid_block = MidBlock(widths[0], groups, config.mid_block_add_attention)
+        self.conv_in = Conv2d(channels, widths[-1], 3, padding=1)
+        self.mid_block = MidBlock(widths[-1], groups, config.mid_block_add_attention)
         self.up_blocks = nn.ModuleList(
             [
                 Block(
-                    widths[max(i - 1, 0)],
-                    width,
+                    widths[min(level + 1, last)],
+                    widths[level],
                     config.layers_per_block + 1,
                     groups,
-                    "up" if i < last else None,
+                    level in config.attention_levels,
+                    "up" if level > 0 else None,
                 )
-                for i, width in enumerate(widths)
+                for level in range(last, -1, -1)
             ]
         )
-        self.conv_norm_out = GroupNorm(groups, widths[-1], EPS)
-        self.conv_out = Conv2d(widths[-1], config.out_channels, 3, padding=1)
+        self.conv_norm_out = GroupNorm(groups, widths[0], EPS)
+        self.conv_out = Conv2d(widths[0], config.out_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.mid_block(self.conv_in(x))
+        x = self.mid_block(self.conv_in(x.contiguous(memory_format=torch.channels_last)))
         for block in self.up_blocks:
             x = block(x)
         return self.conv_out(self.conv_norm_out(x))
@@ -211,26 +267,27 @@ class AutoencoderKL(nn.Module):
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()
         self.config = config
-        self.encoder = Encoder(config)
-        self.decoder = Decoder(config)
         latent = config.latent_channels
+        self.encoder = Encoder(config, 2 * latent)
+        self.decoder = Decoder(config, latent)
         self.quant_conv = Conv2d(2 * latent, 2 * latent, 1) if config.use_quant_conv else None
         self.post_quant_conv = Conv2d(latent, latent, 1) if config.use_post_quant_conv else None
 
     def encode(self, images: Tensor) -> DiagonalGaussian:
         """Images [N, 3, H, W] in −1…1 → posterior over [N, C, H/f, W/f]."""
-        moments = self.encoder(images.contiguous(memory_format=torch.channels_last))
+        moments = self.encoder(images)
         if self.quant_conv is not None:
             moments = self.quant_conv(moments)
         mean, logvar = moments.chunk(2, dim=1)
         return DiagonalGaussian(mean, logvar.clamp(-30.0, 20.0))
 
+    def before_decoder(self, latents: Tensor) -> Tensor:
+        """What the decoder reads: the latents [N, C, h, w] through the 1×1 convolution, if there is one."""
+        return latents if self.post_quant_conv is None else self.post_quant_conv(latents)
+
     def decode(self, latents: Tensor) -> Tensor:
         """Latents [N, C, h, w], scale and shift already removed → images [N, 3, f·h, f·w], about −1…1."""
-        latents = latents.contiguous(memory_format=torch.channels_last)
-        if self.post_quant_conv is not None:
-            latents = self.post_quant_conv(latents)
-        return self.decoder(latents)
+        return self.decoder(self.before_decoder(latents.contiguous(memory_format=torch.channels_last)))
 
     def forward(self, images: Tensor, noise: Tensor) -> tuple[Tensor, DiagonalGaussian]:
         """One pass there and back, for training: the reconstruction and the posterior."""

@@ -18,18 +18,22 @@ from torch import Tensor
 from fastldm import ops
 from fastldm.errors import InvalidArgument
 from fastldm.models.layers import Conv2d, GroupNorm, ResBlock, Upsample
-from fastldm.models.vae import AutoencoderKL, VAEConfig
+from fastldm.models.pixels import Autoencoder, PixelAutoencoder
+from fastldm.models.vae import AutoencoderConfig, AutoencoderKL
+from fastldm.models.vq import VQModel
 
 UNTILED_BUDGET = 1 << 30  # bytes of activations up to which an image is decoded in one piece
 ROWS = 64  # of a strip: what it holds is small beside the maps, and its convolutions are large enough
 
 
-def decode(vae: AutoencoderKL, latents: Tensor, run: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+def decode(vae: Autoencoder, latents: Tensor, run: Callable[[Tensor], Tensor] | None = None) -> Tensor:
     """`vae.decode` without gradients, image by image, in strips where the whole would pass UNTILED_BUDGET.
 
     latents [N, C, h, w] → images [N, 3, f·h, f·w]. An image is the same to the bit whatever stands beside it.
     `run`, if given, is `vae.decode` of one image in another form.
     """
+    if isinstance(vae, PixelAutoencoder):
+        return vae.decode(latents)
     height, width = (side * vae.config.factor for side in latents.shape[2:])
     whole = peak_bytes(vae.config, height, width, latents.element_size(), None) <= UNTILED_BUDGET
     with torch.no_grad():
@@ -39,24 +43,25 @@ def decode(vae: AutoencoderKL, latents: Tensor, run: Callable[[Tensor], Tensor] 
 
 
 @torch.no_grad()
-def decode_in_strips(vae: AutoencoderKL, latents: Tensor, rows: int) -> Tensor:
+def decode_in_strips(vae: AutoencoderKL | VQModel, latents: Tensor, rows: int) -> Tensor:
     """`vae.decode` up to rounding and without gradients, each layer `rows` rows of its output at a time."""
     if rows < 1:
         raise InvalidArgument("rows", rows, "at least 1")
     decoder = vae.decoder
-    latents = latents.contiguous(memory_format=torch.channels_last)
-    if vae.post_quant_conv is not None:
-        latents = vae.post_quant_conv(latents)
+    latents = vae.before_decoder(latents.contiguous(memory_format=torch.channels_last))
     x = decoder.mid_block(decoder.conv_in(latents))
-    for layer in decoder.up_blocks.modules():
-        if isinstance(layer, ResBlock):
-            x = _residual(layer, x, rows)
-        elif isinstance(layer, Upsample):
-            x = _upsample(layer.conv, x, rows)
+    for block in decoder.up_blocks:
+        for layer in block.layers():  # type: ignore[operator]
+            if isinstance(layer, ResBlock):
+                x = _residual(layer, x, rows)
+            elif isinstance(layer, Upsample):
+                x = _upsample(layer.conv, x, rows)
+            else:
+                x = layer(x)
     return _convolve(decoder.conv_out, decoder.conv_norm_out, x, rows)
 
 
-def peak_bytes(config: VAEConfig, height: int, width: int, itemsize: int, rows: int | None) -> int:
+def peak_bytes(config: AutoencoderConfig, height: int, width: int, itemsize: int, rows: int | None) -> int:
     """Bytes of activations at the peak of decoding one image of height × width, in strips or (None) whole.
 
     The maps alive together in the reference implementation, without what its convolutions need inside.
@@ -70,6 +75,8 @@ def peak_bytes(config: VAEConfig, height: int, width: int, itemsize: int, rows: 
         before = widths[max(level - 1, 0)]
         wider = max(before, channels)
         tall, wide = height >> last - level, width >> last - level
+        if last - level in config.attention_levels:
+            peaks.append(8 * channels * tall * wide * itemsize)  # as in the middle
         if rows is None:
             # The block's input, with x or its shortcut, h, its norm, the convolution and the sum; or with x
             # normed and activated. Enlarged: the block's input, x, four times x and its convolution.
