@@ -61,6 +61,23 @@ def group_norm_silu_backward(
 def channel_moments(
     isa: str, result: int, x: int, type: str, rows: int, pixels: int, channels: int, threads: int
 ) -> None: ...
+def convolve(
+    isa: str,
+    result: Strides,
+    x: int,
+    weight: int,
+    bias: int,
+    residual: int,
+    maps: int,
+    size: tuple[int, int] | list[int],
+    channels: int,
+    outputs: int,
+    window: tuple[int, int] | list[int],
+    stride: int,
+    padding: tuple[int, int],
+    result_size: tuple[int, int],
+    threads: int,
+) -> None: ...
 def guided_step(
     isa: str,
     latents: Strides,
