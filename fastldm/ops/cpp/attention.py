@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fastldm.ops.attention import attention
 from fastldm.ops.cpp import extension
-from fastldm.ops.cpp.extension import _C, TAGS, TYPES, library
+from fastldm.ops.cpp.extension import _C, TAGS, TYPES, direct, library
 from fastldm.ops.raw import records
 
 # Sets whose bfloat16 products come in pairs. The other kernels can imitate them, for the tests.
@@ -95,4 +95,4 @@ def _refuses_attention(
     return None
 
 
-attention.register("cpp", _refuses_attention)(torch.ops.fastldm.cpp_attention.default)
+attention.register("cpp", _refuses_attention)(direct(_run_attention, torch.ops.fastldm.cpp_attention.default))

@@ -6,7 +6,6 @@ For few pixels or rows and weights that stay in cache: there PyTorch's own take 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fastldm.ops.cpp import extension
@@ -25,8 +24,13 @@ def fits(weight: Tensor, pixels: int) -> bool:
 def pack(weight: Tensor) -> Tensor:
     """[K, C] or [K, C, h, w] → [panels, h·w·C, PANEL], zeros beyond the last output."""
     rows = weight.detach().reshape(*weight.shape[:2], -1).transpose(1, 2).flatten(1)
-    rows = F.pad(rows, (0, 0, 0, -len(rows) % PANEL))
-    return rows.view(-1, PANEL, rows.shape[1]).transpose(1, 2).contiguous()
+    outputs, depth = rows.shape
+    panels = rows.new_zeros(-(-outputs // PANEL), depth, PANEL)
+    whole = outputs // PANEL
+    panels[:whole] = rows[: whole * PANEL].view(whole, PANEL, depth).transpose(1, 2)
+    if rest := outputs % PANEL:
+        panels[whole, :, :rest] = rows[whole * PANEL :].t()
+    return panels
 
 
 def multiply(x: Tensor, weight: Tensor, pack: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
@@ -90,7 +94,7 @@ def convolve(
 
 
 def enlarge(x: Tensor, packs: list[Tensor], bias: Tensor, outputs: int) -> Tensor:
-    """upsample_conv from the packs of its four phases: each writes every second pixel of every second line."""
+    """upsample_conv from the packs of its four phases: each writes a quarter of the pixels."""
     maps, channels, height, width = x.shape
     result = torch.empty((maps, outputs, 2 * height, 2 * width), memory_format=torch.channels_last)
     address, pixel = result.data_ptr(), outputs

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastldm.ops.cpp import extension, onednn, panels
-from fastldm.ops.cpp.extension import _C, TAGS, TYPES, library
+from fastldm.ops.cpp.extension import _C, TAGS, TYPES, direct, library
 from fastldm.ops.cpp.packed import packed, unpackable
 from fastldm.ops.raw import records
 from fastldm.ops.resample import upsample_conv
@@ -112,4 +112,6 @@ def _refuses_upsample_conv(x: Tensor, weight: Tensor, bias: Tensor) -> str | Non
     return unpackable(weight)
 
 
-upsample_conv.register("cpp", _refuses_upsample_conv)(torch.ops.fastldm.cpp_upsample_conv.default)
+upsample_conv.register("cpp", _refuses_upsample_conv)(
+    direct(_run_upsample_conv, torch.ops.fastldm.cpp_upsample_conv.default)
+)
