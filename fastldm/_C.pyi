@@ -78,6 +78,15 @@ def convolve(
     result_size: tuple[int, int],
     threads: int,
 ) -> None: ...
+def pack_panels(
+    result: int,
+    weight: int,
+    outputs: int,
+    channels: int,
+    window: tuple[int, int],
+    strides: Strides,
+    threads: int,
+) -> None: ...
 def guided_step(
     isa: str,
     latents: Strides,

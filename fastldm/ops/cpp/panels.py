@@ -23,14 +23,19 @@ def fits(weight: Tensor, pixels: int) -> bool:
 
 def pack(weight: Tensor) -> Tensor:
     """[K, C] or [K, C, h, w] → [panels, h·w·C, PANEL], zeros beyond the last output."""
-    rows = weight.detach().reshape(*weight.shape[:2], -1).transpose(1, 2).flatten(1)
-    outputs, depth = rows.shape
-    panels = rows.new_zeros(-(-outputs // PANEL), depth, PANEL)
-    whole = outputs // PANEL
-    panels[:whole] = rows[: whole * PANEL].view(whole, PANEL, depth).transpose(1, 2)
-    if rest := outputs % PANEL:
-        panels[whole, :, :rest] = rows[whole * PANEL :].t()
-    return panels
+    weight = weight if weight.dim() == 4 else weight[:, :, None, None]
+    (outputs, channels, height, width), (output, channel, line, column) = weight.shape, weight.stride()
+    packed = weight.new_empty(-(-outputs // PANEL), height * width * channels, PANEL)
+    _C.pack_panels(
+        packed.data_ptr(),
+        weight.data_ptr(),
+        outputs,
+        channels,
+        (height, width),
+        (output, channel, line, column),
+        torch.get_num_threads(),
+    )
+    return packed
 
 
 def multiply(x: Tensor, weight: Tensor, pack: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
