@@ -13,6 +13,7 @@ struct Kernels {
     bool (*runs_here)();
     void (*attention)(const Attention&);
     void (*channel_moments)(const ChannelMoments&);
+    void (*convolve)(const Convolve&);
     void (*group_norm_silu)(const GroupNormSilu&);
     void (*group_norm_silu_backward)(const GroupNormSiluBackward&);
     void (*guided_step)(const GuidedStep&);
@@ -28,9 +29,9 @@ inline bool has_avx512() {
 }
 #endif
 
-#define FASTLDM_KERNELS(isa)                                                                                     \
-    isa::attention, isa::channel_moments, isa::group_norm_silu, isa::group_norm_silu_backward, isa::guided_step, \
-        isa::interleave, isa::geglu, isa::layer_norm
+#define FASTLDM_KERNELS(isa)                                                                                  \
+    isa::attention, isa::channel_moments, isa::convolve, isa::group_norm_silu, isa::group_norm_silu_backward, \
+        isa::guided_step, isa::interleave, isa::geglu, isa::layer_norm
 
 // From the narrowest to the widest; the first runs everywhere.
 inline const std::vector<Kernels>& compiled() {

@@ -61,6 +61,32 @@ def group_norm_silu_backward(
 def channel_moments(
     isa: str, result: int, x: int, type: str, rows: int, pixels: int, channels: int, threads: int
 ) -> None: ...
+def convolve(
+    isa: str,
+    result: Strides,
+    x: int,
+    weight: int,
+    bias: int,
+    residual: int,
+    maps: int,
+    size: tuple[int, int] | list[int],
+    channels: int,
+    outputs: int,
+    window: tuple[int, int] | list[int],
+    stride: int,
+    padding: tuple[int, int],
+    result_size: tuple[int, int],
+    threads: int,
+) -> None: ...
+def pack_panels(
+    result: int,
+    weight: int,
+    outputs: int,
+    channels: int,
+    window: tuple[int, int],
+    strides: Strides,
+    threads: int,
+) -> None: ...
 def guided_step(
     isa: str,
     latents: Strides,

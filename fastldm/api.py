@@ -11,6 +11,7 @@ import torch
 from fastldm import ops
 from fastldm.checkpoint import load_components
 from fastldm.errors import InvalidArgument
+from fastldm.ops.registry import order_in_force
 from fastldm.pipeline import Pipeline
 from fastldm.result import Result
 
@@ -44,6 +45,8 @@ def load(
     kind = _dtype(dtype, place)
     chosen = None if backends is None else ops.resolve(backends)
     components = load_components(path, dtype=kind, device=place, config=config, tokenizer=tokenizer)
+    with ops.use_backends(chosen):
+        order_in_force()  # loads the kernels, for which the first picture would wait
     return Pipeline(components, place, kind, chosen)
 
 

@@ -210,13 +210,19 @@ def packs(x: Tensor, weight: Tensor, stride: int) -> bool:
     """Whether the C++ backend packs this weight: of a product that gains, or of a 3×3 convolution with few
     pixels in the result.
     """
-    from fastldm.ops.cpp import onednn
+    from fastldm.ops.cpp import onednn, panels
     from fastldm.ops.cpp.conv2d import MOST_PIXELS
     from fastldm.ops.cpp.linear import unfit
 
-    fits = weight.dim() == 4 and weight.shape[2] > 1 or unfit(weight) is None
-    pixels = x.shape[0] * (x.shape[2] // stride) * (x.shape[3] // stride) if weight.dim() == 4 else 0
-    return fits and pixels <= MOST_PIXELS and onednn.missing(weight.dtype) is None
+    is_map = weight.dim() == 4
+    if is_map:
+        pixels = x.shape[0] * (x.shape[2] // stride) * (x.shape[3] // stride)
+    else:
+        pixels = x.numel() // x.shape[-1]
+    if panels.fits(weight, pixels):
+        return True
+    fits = is_map and weight.shape[2] > 1 or unfit(weight, pixels) is None
+    return fits and (pixels <= MOST_PIXELS or not is_map) and onednn.missing(weight.dtype) is None
 
 
 def strip(x: Tensor, weight: Tensor) -> int:

@@ -21,6 +21,7 @@ T* pointer(Address address) {
 }
 
 void bind_attention(pybind11::module_&);
+void bind_convolve(pybind11::module_&);
 void bind_group_norm_silu(pybind11::module_&);
 void bind_group_norm_silu_backward(pybind11::module_&);
 void bind_guided_step(pybind11::module_&);

@@ -5,6 +5,7 @@ PYBIND11_MODULE(_C, module) {
     module.doc() = "Compiled kernels of fastldm on raw pointers; call them through fastldm.ops.";
     module.def("isas", &fastldm::isas, "Instruction sets with kernels that run on this CPU, narrowest first.");
     fastldm::bind_attention(module);
+    fastldm::bind_convolve(module);
     fastldm::bind_group_norm_silu(module);
     fastldm::bind_group_norm_silu_backward(module);
     fastldm::bind_guided_step(module);

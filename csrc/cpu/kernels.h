@@ -91,6 +91,22 @@ struct Interleave {
     int threads;
 };
 
+// x * weight + bias + residual, float32, dense channels-last x and strided result; a product of rows has height 1.
+struct Convolve {
+    const float* x;         // [maps, height, width, channels]
+    const float* weight;    // [panels, window_height * window_width * channels, PANEL], zeros beyond the outputs
+    const float* bias;      // [outputs], or null
+    const float* residual;  // placed as the result is, or null
+    float* result;
+    int64_t maps, height, width, channels, outputs;
+    int64_t window_height, window_width, stride, top, left;  // lines and columns of zeros before the first
+    int64_t out_height, out_width;
+    int64_t result_map, result_line, result_pixel;  // elements between maps, lines and pixels of the result
+    int threads;
+
+    static constexpr int64_t PANEL = 32;  // columns of the weight that lie together
+};
+
 // h gelu(g) of dense rows [h, g].
 struct Geglu {
     const void* x;  // [rows, 2 channels]
@@ -144,6 +160,7 @@ struct Attention {
     namespace isa {                                              \
     void attention(const Attention&);                            \
     void channel_moments(const ChannelMoments&);                 \
+    void convolve(const Convolve&);                              \
     void group_norm_silu(const GroupNormSilu&);                  \
     void group_norm_silu_backward(const GroupNormSiluBackward&); \
     void guided_step(const GuidedStep&);                         \

@@ -72,9 +72,7 @@ def amplification(case: Case) -> float:
 
 
 def run(case: Case) -> Tensor:
-    """The stand-in, also where it would refuse the call because PyTorch is faster."""
-    with pytest.MonkeyPatch.context() as patch, use_backends("cpp"):
-        patch.setattr(cpp.attention, "FEW", 0)
+    with use_backends("cpp"):
         return attention(**case)
 
 
@@ -218,7 +216,6 @@ def test_refused_calls_fall_back_or_say_why() -> None:
         "key_lengths are": (x, x, x, lengths.repeat_interleave(2)[::2]),
         "key_lengths are not": (x, x, x, lengths[:1]),
         "autograd records": (x.clone().requires_grad_(), x, x),
-        "PyTorch is faster": (x, x, x),
     }
     for why, arguments in refused.items():
         with use_backends("cpp"), pytest.raises(BackendUnavailable, match=f"attention: cpp: .*{why}"):

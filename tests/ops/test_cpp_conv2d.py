@@ -1,4 +1,7 @@
-"""ops.conv2d on the C++ backend: oneDNN on weights packed once, for small maps and as products."""
+"""ops.conv2d on the C++ backend: oneDNN on weights packed once, for small maps and as products.
+
+Small float32 weights are another kernel's: test_cpp_panels.
+"""
 
 from __future__ import annotations
 
@@ -64,6 +67,7 @@ def test_errors_stay_within_those_of_pytorch(
             run(example(dtype))
         return
     monkeypatch.setattr(cpp.linear, "LEAST", 0)
+    monkeypatch.setattr(cpp.panels, "MOST", 0)
     rule = error_rule()
 
     @settings(max_examples=200)
@@ -84,7 +88,9 @@ def test_a_weight_changed_in_place_is_seen() -> None:
         weight.mul_(-2.0)
 
 
-def test_a_pack_made_for_one_size_serves_others() -> None:
+@pytest.mark.parametrize("most", [0, 512], ids=["oneDNN", "panels"])
+def test_a_pack_made_for_one_size_serves_others(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpp.panels, "MOST", most)
     _, weight, bias, *_ = example()
     for rows, height, width, stride, padding in [(1, 3, 3, 1, 0), (3, 9, 4, 2, 1), (1, 16, 16, 1, 1)]:
         x = torch.randn(rows, 8, height, width).to(memory_format=torch.channels_last)
@@ -98,8 +104,7 @@ def test_refused_calls_fall_back_or_say_why(monkeypatch: pytest.MonkeyPatch) -> 
         uncounted = weight.clone()
     refused = {
         "not channels-last": (x.contiguous(), weight, bias, 1, 1),
-        "1×1 in float32": (x, weight[:, :, :1, :1], bias),
-        "1×1 with padding": (x, weight[:, :, :1, :1], bias, 1, 1),
+        "1×1 with padding": (x.bfloat16(), weight[:, :, :1, :1].bfloat16(), bias.bfloat16(), 1, 1),
         "large": (torch.randn(1, 8, 23, 23).to(memory_format=torch.channels_last), weight, bias, 1, 1),
         "half": (x.half(), weight.half(), bias.half(), 1, 1),
         "residual in other memory": (x, weight, bias, 1, 1, torch.randn(2, 12, 6, 5)),
@@ -116,7 +121,7 @@ def test_refused_calls_fall_back_or_say_why(monkeypatch: pytest.MonkeyPatch) -> 
     for why, call in refused.items():
         check(why, call)
     monkeypatch.setattr(cpp.onednn, "missing", lambda dtype: "told so")
-    check("no such operators", example())
+    check("no such operators", example(torch.bfloat16))
 
 
 def test_the_probe_tells_missing_and_wrong_operators(monkeypatch: pytest.MonkeyPatch) -> None:

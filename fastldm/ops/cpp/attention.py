@@ -7,15 +7,11 @@ from torch import Tensor
 
 from fastldm.ops.attention import attention
 from fastldm.ops.cpp import extension
-from fastldm.ops.cpp.extension import _C, TAGS, TYPES, library
+from fastldm.ops.cpp.extension import _C, TAGS, TYPES, direct, library
 from fastldm.ops.raw import records
 
 # Sets whose bfloat16 products come in pairs. The other kernels can imitate them, for the tests.
 PAIRS = ("avx512_bf16",)
-
-# Products of q and k below which a float32 call without a mask costs more than it saves: with 2^16 of them
-# (2 x 4 heads, 16 tokens) it took 1.2 times PyTorch's time, with 2^19 as long (AVX2, one thread).
-FEW = 2**18
 
 library.define(
     "cpp_attention(Tensor q, Tensor k, Tensor v, Tensor? key_lengths=None, bool causal=False) -> Tensor",
@@ -90,9 +86,7 @@ def _refuses_attention(
         return "key_lengths are not contiguous int64 [rows] on the CPU"
     if records(q, k, v):
         return "autograd records the call"
-    if q.dtype == torch.float32 and key_lengths is None and q.numel() * k.shape[2] < FEW:
-        return "PyTorch is faster with so few numbers"
     return None
 
 
-attention.register("cpp", _refuses_attention)(torch.ops.fastldm.cpp_attention.default)
+attention.register("cpp", _refuses_attention)(direct(_run_attention, torch.ops.fastldm.cpp_attention.default))

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import os
+from collections.abc import Callable
+from typing import Any
 
 import torch  # before _C, which then shares torch's OpenMP runtime
 from torch import Tensor
@@ -17,7 +20,7 @@ except ImportError as error:
         "`FASTLDM_BUILD=1 pip install` fastldm again, or read there why it does not build"
     ) from error
 
-__all__ = ["INSTRUCTION_SETS", "ISA", "TAGS", "TYPES", "_C", "choose_isa", "library", "unwritten"]
+__all__ = ["INSTRUCTION_SETS", "ISA", "TAGS", "TYPES", "_C", "choose_isa", "direct", "library", "unwritten"]
 
 INSTRUCTION_SETS = ("plain", "avx2", "avx512", "avx512_bf16")
 TYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
@@ -49,3 +52,13 @@ def unwritten(result: Tensor) -> Tensor:
 
 library = torch.library.Library("fastldm", "FRAGMENT")
 TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
+
+
+def direct(run: Callable[..., Any], op: Callable[..., Any]) -> Callable[..., Any]:
+    """`run`, past the dispatcher, which costs more than a small call; `op`, the same, for torch.compile."""
+
+    @functools.wraps(run)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return (op if torch.compiler.is_compiling() else run)(*args, **kwargs)
+
+    return call

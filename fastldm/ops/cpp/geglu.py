@@ -6,10 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastldm.ops.cpp import extension, onednn
+from fastldm.ops.cpp import extension
 from fastldm.ops.cpp.extension import _C, TAGS, TYPES, library, unwritten
-from fastldm.ops.cpp.linear import refuses_linear
-from fastldm.ops.cpp.packed import packed
+from fastldm.ops.cpp.linear import product, refuses_linear
 from fastldm.ops.linear import geglu
 from fastldm.ops.raw import records
 
@@ -66,17 +65,13 @@ def strip_of(x: Tensor, weight: Tensor) -> int:
 def _run_geglu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     if torch.compiler.is_compiling():
         return torch.ops.fastldm.cpp_geglu_gate.default(F.linear(x, weight, bias).contiguous())
-    pack = None if refuses_linear(x, weight, bias) else packed(weight, onednn.pack_matrix)
-
-    def product(x: Tensor) -> Tensor:
-        return F.linear(x, weight, bias) if pack is None else onednn.multiply(x, pack, bias)
-
+    multiply = F.linear if refuses_linear(x, weight, bias) else product
     outputs, width = weight.shape
     strip = strip_of(x, weight)
     if x.numel() <= strip * width:
-        return gate(product(x).contiguous())
+        return gate(multiply(x, weight, bias).contiguous())
     result = unwritten(x.new_empty((*x.shape[:-1], outputs // 2)))
     parts = x.reshape(-1, width).split(strip), result.view(-1, outputs // 2).split(strip)
     for part, gated in zip(*parts, strict=True):
-        _gate_into(gated, product(part))
+        _gate_into(gated, multiply(part, weight, bias))
     return result

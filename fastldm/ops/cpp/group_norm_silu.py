@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastldm.ops.cpp import extension
-from fastldm.ops.cpp.extension import _C, TAGS, TYPES, library, unwritten
+from fastldm.ops.cpp.extension import _C, TAGS, TYPES, direct, library, unwritten
 from fastldm.ops.cpp.group_norm_silu_backward import recorded
 from fastldm.ops.norm import channel_moments, group_norm_silu
 from fastldm.ops.raw import named, records, refuses_group_norm_silu
@@ -72,6 +72,9 @@ def _refuses(
     return refuses_group_norm_silu("cpu", TYPES, x, weight, bias, groups, row_bias, moments)
 
 
+_kernel = direct(_run, torch.ops.fastldm.cpp_group_norm_silu.default)
+
+
 @group_norm_silu.register("cpp", _refuses)
 def _call(
     x: Tensor,
@@ -85,8 +88,7 @@ def _call(
 ) -> Tensor:
     if records(x, weight, bias, row_bias):
         return recorded(x, weight, bias, groups, eps, silu, row_bias)
-    kernel = torch.ops.fastldm.cpp_group_norm_silu.default
-    return kernel(x, weight, bias, groups, eps, silu, row_bias, moments)
+    return _kernel(x, weight, bias, groups, eps, silu, row_bias, moments)
 
 
 library.define("cpp_channel_moments(Tensor x) -> Tensor", tags=TAGS)
@@ -116,4 +118,6 @@ def _refuses_moments(x: Tensor) -> str | None:
     return "autograd records the call" if records(x) else None
 
 
-channel_moments.register("cpp", _refuses_moments)(torch.ops.fastldm.cpp_channel_moments.default)
+channel_moments.register("cpp", _refuses_moments)(
+    direct(_run_moments, torch.ops.fastldm.cpp_channel_moments.default)
+)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastldm.ops.cpp import extension
-from fastldm.ops.cpp.extension import _C, TAGS, TYPES, library
+from fastldm.ops.cpp.extension import _C, TAGS, TYPES, direct, library
 from fastldm.ops.norm import layer_norm
 from fastldm.ops.raw import records
 
@@ -91,15 +91,4 @@ def _refuses_layer_norm(
     return None
 
 
-@layer_norm.register("cpp", _refuses_layer_norm)
-def _run_layer_norm(
-    x: Tensor,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float = 1e-5,
-    scale: Tensor | None = None,
-    shift: Tensor | None = None,
-) -> Tensor:
-    if torch.compiler.is_compiling():
-        return torch.ops.fastldm.cpp_layer_norm.default(x, weight, bias, eps, scale, shift)
-    return run(x, weight, bias, eps, scale, shift)  # past the dispatcher: it costs more than a small norm
+layer_norm.register("cpp", _refuses_layer_norm)(direct(run, torch.ops.fastldm.cpp_layer_norm.default))

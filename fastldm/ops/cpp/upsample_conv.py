@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastldm.ops.cpp import extension, onednn
-from fastldm.ops.cpp.extension import _C, TAGS, TYPES, library
+from fastldm.ops.cpp import extension, onednn, panels
+from fastldm.ops.cpp.extension import _C, TAGS, TYPES, direct, library
 from fastldm.ops.cpp.packed import packed, unpackable
 from fastldm.ops.raw import records
 from fastldm.ops.resample import upsample_conv
@@ -46,9 +46,15 @@ def _prepare(weight: Tensor, window: torch.Size) -> list[Tensor]:
     return [onednn.pack_convolution(phase, 1, 0, window) for phase in phases]
 
 
+def _panels(weight: Tensor) -> list[Tensor]:
+    return [panels.pack(phase) for phase in phase_weights(weight)]
+
+
 @torch.library.impl(library, "cpp_upsample_conv", "CPU")
 def _run_upsample_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     rows, channels, height, width = x.shape
+    if panels.fits(weight, rows * height * width):
+        return panels.enlarge(x, packed(weight, _panels), bias, weight.shape[0])
     phases = packed(weight, _prepare, (rows, channels, height + 1, width + 1))
     convolve = F.conv2d if onednn.missing(x.dtype) else onednn.convolve
     result = _shape_upsample_conv(x, weight)
@@ -99,11 +105,13 @@ def _refuses_upsample_conv(x: Tensor, weight: Tensor, bias: Tensor) -> str | Non
         return "x has one channel or one pixel, which leaves the layout of the result open"
     if weight.dim() != 4 or weight.shape[0] == 0 or weight.shape[1:] != (x.shape[1], 3, 3):
         return "weight is not [K, C, 3, 3]"
-    if bias.shape != weight.shape[:1]:
-        return "bias is not [K]"
+    if bias.shape != weight.shape[:1] or not bias.is_contiguous():
+        return "bias is not a dense [K]"
     if records(x, weight, bias):
         return "autograd records the call"
     return unpackable(weight)
 
 
-upsample_conv.register("cpp", _refuses_upsample_conv)(torch.ops.fastldm.cpp_upsample_conv.default)
+upsample_conv.register("cpp", _refuses_upsample_conv)(
+    direct(_run_upsample_conv, torch.ops.fastldm.cpp_upsample_conv.default)
+)
