@@ -9,6 +9,8 @@ from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from fastldm.checks import choice
+from fastldm.diffusion import Objective, SchedulerConfig
 from fastldm.errors import InvalidArgument
 from fastldm.scenes.palette import IMAGE_SIZE
 from fastldm.training.fit import FitSettings
@@ -17,6 +19,9 @@ if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib  # type: ignore[import-not-found,unused-ignore]
+
+
+PREDICTIONS = ("v_prediction", "epsilon", "sample", "flow")
 
 
 @dataclass(frozen=True)
@@ -49,12 +54,15 @@ class TextSection:
 
 @dataclass(frozen=True)
 class DiffusionSection:
-    """The latent diffusion model: its shape, and its training with L_simple on a velocity target."""
+    """The latent diffusion model: its shape, what it predicts and is trained for."""
 
     fit: FitSettings
     block_out_channels: tuple[int, ...]
     transformer_depth: tuple[int, ...]
     heads: tuple[int, ...]
+    prediction: str = "v_prediction"  # or epsilon, sample, flow
+    objective: Objective = Objective()
+    shift: float = 1.0  # of a flow's times towards noise
     layers_per_block: int = 1
     norm_num_groups: int = 8
     caption_dropout: float = 0.1
@@ -62,6 +70,39 @@ class DiffusionSection:
     stage: int = 1  # of the world: see fastldm.scenes.mixture
     hinted: float = 0.0  # share of the rows that are given a mask, a map or a small picture
     hints: int = 4_000  # pictures that hints are made of
+
+    def __post_init__(self) -> None:
+        """InvalidArgument for a prediction and an objective that contradict each other."""
+        choice("diffusion.prediction", self.prediction, PREDICTIONS)
+        self.objective.check(self.scheduler)
+
+    @property
+    def scheduler(self) -> SchedulerConfig:
+        """The process that the model is trained for, as its scheduler_config.json says it.
+
+        A flat picture of 16 × 16 latents shows through much noise, so half of the steps have to be noisier
+        than the cosine schedule makes them. It ends in pure noise, so that a background of any colour can be
+        drawn; ε is not defined there, so a model of ε keeps a little signal. (Lin et al. 2023,
+        arXiv:2305.08891)
+        """
+        if self.prediction == "flow":
+            return SchedulerConfig.from_dict(
+                {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": self.shift}
+            )
+        return SchedulerConfig.from_dict(
+            {
+                "_class_name": "DDIMScheduler",
+                "beta_schedule": "linear",
+                "beta_start": 0.0001,
+                "beta_end": 0.02,
+                "rescale_betas_zero_snr": self.prediction != "epsilon",
+                "prediction_type": self.prediction,
+                "timestep_spacing": "trailing",
+                "num_train_timesteps": 1000,
+                "clip_sample": False,
+                "set_alpha_to_one": True,
+            }
+        )
 
 
 @dataclass(frozen=True)
@@ -161,7 +202,8 @@ def _build(cls: type, given: Mapping[str, Any], where: str) -> Any:
 
 
 _SECTIONS = {
-    c.__name__: c for c in (AutoencoderSection, TextSection, DiffusionSection, JudgeSection, FitSettings)
+    c.__name__: c
+    for c in (AutoencoderSection, TextSection, DiffusionSection, JudgeSection, FitSettings, Objective)
 }
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from fastldm.diffusion import SchedulerConfig, add_noise, alphas_cumprod, simple_loss, target
+from fastldm.diffusion import Criterion
 from fastldm.models.clip import CLIPTextModel
 from fastldm.models.hints import hint_channels
 from fastldm.models.layers import channels_last
@@ -20,24 +20,6 @@ from fastldm.models.unet import UNet, UNetConfig
 from fastldm.training.data import PictureData
 from fastldm.training.session import Session
 from fastldm.training.text import token_ids
-
-# A flat picture of 16 × 16 latents shows through much noise, so half of the steps have to be noisier than
-# the cosine schedule makes them. It ends in pure noise, so that a background of any colour can be drawn;
-# velocity is defined there, ε is not. (Lin et al. 2023, arXiv:2305.08891)
-SCHEDULER = SchedulerConfig.from_dict(
-    {
-        "_class_name": "DDIMScheduler",
-        "beta_schedule": "linear",
-        "beta_start": 0.0001,
-        "beta_end": 0.02,
-        "rescale_betas_zero_snr": True,
-        "prediction_type": "v_prediction",
-        "timestep_spacing": "trailing",
-        "num_train_timesteps": 1000,
-        "clip_sample": False,
-        "set_alpha_to_one": True,
-    }
-)
 
 
 class TextToLatents(nn.Module):
@@ -94,7 +76,7 @@ def train_diffusion(
     """
     section, device = session.config.diffusion, session.device
     means, deviations = latents
-    kept = alphas_cumprod(SCHEDULER)
+    criterion = Criterion(section.objective, section.scheduler)
 
     def loss(step: int, generator: torch.Generator) -> Tensor:
         batch = section.fit.batch
@@ -106,12 +88,7 @@ def train_diffusion(
         dropped = torch.rand(batch, generator=generator) < section.caption_dropout
         texts = ["" if drop else text for text, drop in zip(texts, dropped.tolist(), strict=True)]
         clean = means[rows] + deviations[rows] * torch.randn(means[rows].shape, generator=generator)
-        noise = torch.randn(clean.shape, generator=generator)
-        times = torch.randint(len(kept), (batch,), generator=generator)
-        alpha, sigma = kept[times].sqrt().float(), (1 - kept[times]).sqrt().float()
-        noisy = add_noise(clean, noise, alpha, sigma).to(device)
-        wanted = target(SCHEDULER.prediction, clean, noise, alpha, sigma).to(device)
         ids = token_ids(tokenizer, texts).to(device)
-        return simple_loss(model(noisy, times.to(device), ids, hint.to(device)), wanted).mean()
+        return criterion(model, clean.to(device), ids, hint.to(device), generator=generator).mean()
 
     session.fit("diffusion", model, loss, section.fit, seed=2, sample=sample)

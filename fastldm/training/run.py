@@ -20,7 +20,7 @@ from fastldm.scenes import VOCABULARY
 from fastldm.training.autoencoder import encode_all, psnr, train_autoencoder, train_decoder
 from fastldm.training.config import JudgeConfig, TrainConfig, read_config
 from fastldm.training.data import PictureData, SceneData
-from fastldm.training.diffusion import SCHEDULER, TextToLatents, new_unet, train_diffusion
+from fastldm.training.diffusion import TextToLatents, new_unet, train_diffusion
 from fastldm.training.folder import FolderData
 from fastldm.training.hints import make_hints
 from fastldm.training.judge import train_judge
@@ -67,7 +67,8 @@ def _train(config: TrainConfig, report: Callable[[str], None], strict: bool) -> 
         prompts = PROMPTS if folder is None else folder.texts[:SHOWN]
 
         def sample(step: int) -> None:
-            draw_samples(config.folder / f"samples-{step}.png", vae, model, tokenizer, prompts)
+            file = config.folder / f"samples-{step}.png"
+            draw_samples(file, vae, model, section.scheduler, tokenizer, prompts)
 
         train_diffusion(session, data, latents, hints, tokenizer, model, sample)
         if workers.leads:
@@ -77,7 +78,7 @@ def _train(config: TrainConfig, report: Callable[[str], None], strict: bool) -> 
                 vae=vae,
                 text_encoder=model.text_encoder,
                 tokenizer=tokenizer,
-                scheduler=SCHEDULER,
+                scheduler=section.scheduler,
                 dtype=torch.bfloat16,
             )
         workers.wait()

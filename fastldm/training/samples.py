@@ -10,11 +10,11 @@ from torch import Tensor
 
 from fastldm import ops
 from fastldm.checkpoint.atomic import replacing
-from fastldm.diffusion import build_table
+from fastldm.diffusion import SchedulerConfig, build_table
 from fastldm.models.tokenizer import Tokenizer
 from fastldm.models.vae import AutoencoderKL
 from fastldm.scenes import contact_sheet
-from fastldm.training.diffusion import SCHEDULER, TextToLatents
+from fastldm.training.diffusion import TextToLatents
 from fastldm.training.text import token_ids
 
 STEPS = 25
@@ -34,14 +34,15 @@ PROMPTS = (
 
 @torch.no_grad()
 def sample_latents(
-    model: TextToLatents, tokenizer: Tokenizer, prompts: Sequence[str], side: int, seed: int
+    model: TextToLatents, scheduler: SchedulerConfig, tokenizer: Tokenizer, prompts: Sequence[str], seed: int
 ) -> Tensor:
-    """Scaled latents [prompts, C, side, side] by DDIM with classifier-free guidance."""
+    """Scaled latents [prompts, C, h, w] by the scheduler's own sampler, guided."""
     device = next(model.parameters()).device
-    table = build_table(SCHEDULER, STEPS, sampler="ddim", guidance_scale=GUIDANCE)
+    table = build_table(scheduler, STEPS, guidance_scale=GUIDANCE)
     rows = table.rows[None].to(device)
     ids = token_ids(tokenizer, [""] * len(prompts) + list(prompts)).to(device)
     condition = model.unet.condition(model.text_encoder(ids), table.timesteps.float().to(device))
+    side = model.unet.config.sample_size
     shape = (len(prompts), model.unet.config.latent_channels, side, side)
     x = table.initial_scale * torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device)
     clean, model_input = torch.zeros_like(x), x.clone()
@@ -54,11 +55,15 @@ def sample_latents(
 
 @torch.no_grad()
 def draw_samples(
-    file: Path, vae: AutoencoderKL, model: TextToLatents, tokenizer: Tokenizer, prompts: Sequence[str]
+    file: Path,
+    vae: AutoencoderKL,
+    model: TextToLatents,
+    scheduler: SchedulerConfig,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
 ) -> None:
     """Write a grid of pictures, one a prompt, the same noise every time."""
-    side = model.unet.config.sample_size
-    latents = sample_latents(model, tokenizer, prompts, side, seed=0)
+    latents = sample_latents(model, scheduler, tokenizer, prompts, seed=0)
     images = vae.decode(latents / vae.config.scaling_factor + vae.config.shift_factor).clamp(-1, 1)
     pixels = (images.permute(0, 2, 3, 1) * 127.5 + 127.5).round().to(torch.uint8).cpu().numpy()
     with replacing(file) as temporary:

@@ -193,6 +193,27 @@ def test_the_curve_of_a_resumed_run_has_each_step_once(tmp_path: Path) -> None:
     assert rows == [[50, 100, 120], [50, 60], [50, 60, 100, 120]]
 
 
+@pytest.mark.parametrize(
+    ("prediction", "objective", "sampler"),
+    [
+        ("flow", '{ timesteps = "logit_normal" }', "flow_euler"),
+        ("epsilon", '{ weighting = "min_snr" }', "ddim"),
+    ],
+)
+def test_other_objectives_end_with_models_that_generate(
+    tmp_path: Path, prediction: str, objective: str, sampler: str
+) -> None:
+    file = tiny_config(tmp_path)
+    more = f'hinted = 0.5\nprediction = "{prediction}"\nobjective = {objective}'
+    file.write_text(
+        file.read_text().replace("hinted = 0.5", more).replace("heads = 2\nfit", "heads = 2\n# fit")
+    )
+    pipe = fastldm.load(run.main(file, str))
+    assert pipe.components.scheduler.sampler == sampler
+    assert pipe.components.scheduler.prediction == {"epsilon": "epsilon", "flow": "flow"}[prediction]
+    assert pipe.generate("a fish", steps=2).image.size == (128, 128)
+
+
 def test_averages_are_kept_on_the_way(tmp_path: Path) -> None:
     module, settings = problem(6, keep_every=3)
     fit("it", module, loss_of(module), settings, tmp_path, 1, str)
@@ -335,6 +356,11 @@ def test_psnr_and_encoding_of_a_known_autoencoder() -> None:
         (("latent_channels = 4", "crops = 4"), "autoencoder.crops", "crop"),
         (("block_out_channels = [8, 16]", ""), "diffusion.block_out_channels", "required"),
         (("seed = 3", "seed = ["), "config", "TOML"),
+        (("hinted = 0.5", 'prediction = "noise"'), "diffusion.prediction", "epsilon"),
+        (("hinted = 0.5", 'objective = { loss = "hybrid" }'), "variance_type", "learned"),
+        (("hinted = 0.5", 'objective = { timesteps = "logit_normal" }'), "timesteps", "loss_second_moment"),
+        (("threads = 1", "side = 64"), "side", "128"),
+        (("threads = 1", 'data = "pictures"'), "text.fit", "absent with data"),
     ],
 )
 def test_a_bad_configuration_names_the_key(
