@@ -33,12 +33,14 @@ def load(
     config: Any = None,
     tokenizer: Any = None,
     backends: str | tuple[str, ...] | list[str] | None = None,
+    offload_text_encoder: bool = False,
 ) -> Pipeline:
     """Load a model: a diffusers folder, a single .safetensors file, "default" (the shipped one) or a Hub id.
 
     device: "cuda" where there is one, else "cpu". dtype: "fp32", "fp16" or "bf16"; float32 on a CPU,
     bfloat16 on a GPU unless given. config: fields that override what the files say. tokenizer: a folder
-    with another one. backends: the order in which ops look for a kernel (see FASTLDM_BACKENDS). Raises
+    with another one. backends: the order in which ops look for a kernel (see FASTLDM_BACKENDS).
+    offload_text_encoder: its weights stay in the host's memory and visit a GPU for new prompts only. Raises
     CheckpointError naming file and key, InvalidArgument, BackendUnavailable.
     """
     place = _device(device)
@@ -47,7 +49,7 @@ def load(
     components = load_components(path, dtype=kind, device=place, config=config, tokenizer=tokenizer)
     with ops.use_backends(chosen):
         order_in_force()  # loads the kernels, for which the first picture would wait
-    return Pipeline(components, place, kind, chosen)
+    return Pipeline(components, place, kind, chosen, offload_text_encoder)
 
 
 def generate(

@@ -32,7 +32,7 @@ REPLAYED = (
 CONFIG_HELP = "of a single file: a JSON file, a diffusers folder, v_prediction or epsilon"
 TOKENIZER_HELP = "a tokenizer folder or tokenizer.json"
 SHORTCUTS = "guidance_interval whole_every".split()
-LOADING = "model device dtype config tokenizer backends".split()
+LOADING = "model device dtype config tokenizer backends offload_text_encoder".split()
 RACING, ASKING = set("contenders size batch rounds minutes plot".split()), {"every", "guidance", "judge"}
 CHECKED_PATHS = 4096  # more images than this are refused by the memory limit
 
@@ -396,3 +396,4 @@ def _add_loading(command: argparse.ArgumentParser) -> None:
     add("--config", metavar="CONFIG", help=CONFIG_HELP)
     add("--tokenizer", metavar="PATH", help=TOKENIZER_HELP)
     add("--backends", metavar="NAMES", help="cuda,triton,cpp in this order, or reference")
+    add("--offload-text-encoder", action="store_true", help="in the host's memory between prompts")

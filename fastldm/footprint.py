@@ -45,7 +45,14 @@ class Footprint:
         return self.kept + max(self.text, self.encode, self.denoise, self.decode)
 
 
-def of(request: Request, components: Components, dtype: torch.dtype, together: int, tokens: int) -> Footprint:
+def of(
+    request: Request,
+    components: Components,
+    dtype: torch.dtype,
+    together: int,
+    tokens: int,
+    text_visits: bool = False,
+) -> Footprint:
     """The footprint of a request of which so many images are denoised together; tokens: of a prompt."""
     embeds = request.prompt_embeds
     return estimate(
@@ -60,6 +67,7 @@ def of(request: Request, components: Components, dtype: torch.dtype, together: i
         tokens=tokens if embeds is None else embeds.shape[1],
         from_image=request.image is not None,
         to_pixels=request.output_type != "latent",
+        text_visits=text_visits,
     )
 
 
@@ -76,10 +84,12 @@ def estimate(
     tokens: int = 77,
     from_image: bool = False,
     to_pixels: bool = True,
+    text_visits: bool = False,
 ) -> Footprint:
     """The footprint of a request for so many images of width × height pixels, by the backends in force.
 
-    `together`: how many are denoised at a time. `tokens`: of each context. A first estimate takes 0.1 s for
+    `together`: how many are denoised at a time. `tokens`: of each context. `text_visits`: the text encoder's
+    weights are there for its call only. A first estimate takes 0.1 s for
     a small model and half a second for SD1.5; nothing is allocated.
     """
     networks: tuple[nn.Module, ...] = components.unet, components.vae, components.text_encoder
@@ -108,9 +118,10 @@ def estimate(
             pixels = decode(vae, empty(images, *latent)).float()
             pixels.mul(0.5).add(0.5).clamp_(0, 1)
 
+        *resident, text = (sum(weight.nbytes for weight in network.parameters()) for network in networks)
         return Footprint(
-            weights=sum(weight.nbytes for network in networks for weight in network.parameters()),
-            text=counter.peak(lambda: text_encoder(empty(1, length, dtype=torch.long))),
+            weights=sum(resident) + (0 if text_visits else text),
+            text=counter.peak(lambda: text_encoder(empty(1, length, dtype=torch.long))) + text_visits * text,
             encode=counter.peak(lambda: vae.encode(empty(1, 3, height, width))) if from_image else 0,
             denoise=counter.peak(denoise),
             decode=counter.peak(make_pixels) if to_pixels else 0,

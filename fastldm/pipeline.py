@@ -29,7 +29,7 @@ from fastldm.models.unet import UNetCondition
 from fastldm.models.vae_strips import decode, peak_bytes
 from fastldm.result import Clock, Result
 from fastldm.runtime.graphs import CudaRecorder, Graphs
-from fastldm.runtime.memory import TensorCache, available_bytes, out_of_memory, to_device, to_host
+from fastldm.runtime.memory import TensorCache, available_bytes, out_of_memory, to_device, to_host, visiting
 from fastldm.runtime.segments import segments
 from fastldm.runtime.slots import CachingSlots, Group, Outcome, Slots, Watch, smallest, split, watcher
 from fastldm.runtime.turns import Turns
@@ -48,6 +48,7 @@ class Pipeline:
         device: torch.device,
         dtype: torch.dtype,
         backends: tuple[str, ...] | None,
+        offload_text_encoder: bool = False,
     ) -> None:
         shape = components.unet.config
         if shape.in_channels == 2 * shape.latent_channels + 1:
@@ -56,7 +57,9 @@ class Pipeline:
         self.components, self.device, self.dtype, self.backends = components, device, dtype, backends
         networks = (components.unet, components.vae, components.text_encoder)
         for network in networks:
-            channels_last(network.to(device, dtype))
+            offloads = offload_text_encoder and network is components.text_encoder
+            channels_last(network.to(torch.device("cpu") if offloads else device, dtype))
+        self._visiting = visiting(components.text_encoder, device) if offload_text_encoder else None
         self.loras = MergedLoras(unet=components.unet, text_encoder=components.text_encoder)
         self.text = TextConditioner(components.tokenizer, components.text_encoder)
         self.turns = Turns()
@@ -150,7 +153,8 @@ class Pipeline:
         """How much memory a request will need, to a tenth."""
         together = smallest(len(self.groups(request)[0]))
         with ops.use_backends(self.backends):
-            return footprint.of(request, self.components, self.dtype, together, self.text.length)
+            visits = self._visiting is not None
+            return footprint.of(request, self.components, self.dtype, together, self.text.length, visits)
 
     def _refuse_what_does_not_fit(self, request: Request) -> None:
         free, vae = available_bytes(self.device), self.components.vae.config
@@ -255,7 +259,9 @@ class Pipeline:
         self, request: Request, prompts: list[str], negatives: list[str] | None = None
     ) -> TextEmbeddings:
         encoder = self.components.text_encoder
-        run = partial(self.graphs.call, "the text encoder", encoder, wanted=request.cuda_graph)
+        run = self._visiting or partial(
+            self.graphs.call, "the text encoder", encoder, wanted=request.cuda_graph
+        )
         return self.text.encode(prompts, negatives, self._embedded.get, run)
 
     def start(

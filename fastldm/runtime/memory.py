@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastldm.errors import OutOfMemory
 
@@ -57,6 +58,18 @@ def to_host(x: Tensor) -> Tensor:
     copy = torch.empty_like(x, device="cpu", pin_memory=True).copy_(x, non_blocking=True)
     torch.cuda.current_stream(x.device).synchronize()
     return copy
+
+
+def visiting(network: nn.Module, device: torch.device) -> Callable[..., Tensor]:
+    """A call of a network that stays where it is: its weights visit the device for the time of each call."""
+
+    def run(*inputs: Tensor) -> Tensor:
+        weights = itertools.chain(network.named_parameters(), network.named_buffers())
+        there = {name: to_device(tensor, device) for name, tensor in weights}
+        made: Tensor = torch.func.functional_call(network, there, tuple(to_device(x, device) for x in inputs))
+        return made
+
+    return run
 
 
 class TensorCache:

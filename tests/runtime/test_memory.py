@@ -11,6 +11,7 @@ import torch
 
 import fastldm
 from fastldm.pipeline import Pipeline
+from fastldm.runtime import memory
 from fastldm.runtime.memory import TensorCache, out_of_memory, to_device, to_host
 
 FAST: dict[str, Any] = {"steps": 2, "output_type": "pt"}
@@ -133,3 +134,24 @@ def test_there_and_back(pipe: Pipeline) -> None:
     x = torch.randn(3, 5).t()
     there = to_device(x, pipe.device)
     assert there.device.type == pipe.device.type and torch.equal(to_host(there), x)
+
+
+def test_a_text_encoder_that_visits_makes_the_same_images(
+    pipe: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    components = copy.deepcopy(pipe.components)
+    visits = Pipeline(components, pipe.device, pipe.dtype, pipe.backends, offload_text_encoder=True)
+    moved: list[torch.Size] = []
+    plain = memory.to_device
+    monkeypatch.setattr(memory, "to_device", lambda x, device: moved.append(x.shape) or plain(x, device))
+    assert torch.equal(pipe.generate("a fish", **FAST).images, visits.generate("a fish", **FAST).images)
+    weights = [weight.shape for weight in visits.components.text_encoder.parameters()]
+    assert len(weights) and all(moved.count(shape) >= 2 for shape in weights)  # prompt and negative
+    before = len(moved)
+    visits.generate("a fish", **FAST)
+    assert len(moved) - before < len(weights)  # remembered: no visit
+
+    request = visits.check("a fish")
+    there, away = pipe.footprint(request), visits.footprint(request)
+    size = sum(weight.nbytes for weight in visits.components.text_encoder.parameters())
+    assert there.weights - away.weights == size == away.text - there.text
