@@ -44,7 +44,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "doctor": {"kernels", "runtime", "ops", "errors"},
     "tuning": {"kernels", *STAGES, *MODELS},
     "serve": {"api", "pipeline", *STAGES, *FRONT, *MODELS},
-    "bench": {"api", "pipeline", "doctor", "scenes", *STAGES, *FRONT, *MODELS},
+    "bench": {"api", "pipeline", "doctor", "scenes", "training", *STAGES, *FRONT, *MODELS},
     "cli": {
         *("api", "bench", "pipeline", "doctor", "serve", "training", "tuning", "verification"),
         *(*STAGES, *FRONT, *MODELS),

@@ -20,12 +20,14 @@ from fastldm import api, checks
 from fastldm.bench import machine
 from fastldm.errors import FastLDMError, InvalidArgument
 from fastldm.images import write_files
-from fastldm.models.vae import AutoencoderKL
+from fastldm.models.pixels import Autoencoder
 from fastldm.pipeline import Pipeline
 from fastldm.scenes import LANDSCAPES, STYLES, Rendered, Scene, caption, draw_scene, render, sample_scene
 from fastldm.scenes.exam import CATEGORIES, GENEVAL, PER_CATEGORY, questions
 from fastldm.scenes.judge import Judge, Reading
-from fastldm.scenes.marks import frechet_distance, is_exact, objects_right
+from fastldm.scenes.marks import is_exact, objects_right
+from fastldm.training.data import to_model
+from fastldm.training.reconstruction import frechet_distance, psnr, to_pixels
 
 BATCH = 8
 RENDERS = 200  # of each style
@@ -176,22 +178,20 @@ def style_report(judge: Judge, pipe: Pipeline, style: str, number: int) -> Style
     kept = torch.from_numpy(pictures[:number])
     with pipe.turn():
         decoded = reconstructed(pipe.components.vae, kept, pipe.dtype, pipe.device)
-    error = (decoded.double() - kept).square().mean(dim=(1, 2, 3)).clamp_min(1e-3)
     return Style(
         objects=objects,
         exact=_exact(readings, renders),
         reconstructed=_exact(judge.read(decoded), renders[:number]),
-        psnr=float((10 * torch.log10(255.0**2 / error)).mean()),
+        psnr=float(psnr(kept, decoded).mean()),
     )
 
 
-def reconstructed(vae: AutoencoderKL, pictures: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+def reconstructed(vae: Autoencoder, pictures: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Pictures uint8 [N, H, W, 3] encoded to the posterior mean and decoded."""
     made = []
     for part in pictures.split(BATCH):
-        values = (part.permute(0, 3, 1, 2).float() / 127.5 - 1).to(device, dtype)
-        shown = vae.decode(vae.encode(values).mean).float().clamp(-1, 1) * 127.5 + 127.5
-        made.append(shown.round().to(torch.uint8).permute(0, 2, 3, 1).cpu())
+        decoded = vae.decode(vae.encode(to_model(part).to(device, dtype)).mean)
+        made.append(to_pixels(decoded.float().cpu()))
     return torch.cat(made)
 
 

@@ -98,10 +98,8 @@ class Judge:
         file = Path(WEIGHTS if path is None else path)
         try:
             with safe_open(file, "pt") as stored:
-                learnt, state = (
-                    stored.metadata() or {},
-                    {key: stored.get_tensor(key) for key in stored.keys()},
-                )
+                learnt = stored.metadata() or {}
+                state = {key: stored.get_tensor(key).float() for key in stored.keys()}
         except (OSError, SafetensorError) as error:
             raise CheckpointError(file, None, f"cannot be read: {error}") from None
         for name, order in CLASSES.items():
@@ -109,7 +107,7 @@ class Judge:
                 raise CheckpointError(file, None, f"is a judge of other {name}: {learnt.get(name)}")
         net = new_net()
         try:
-            net.load_state_dict({key: tensor.float() for key, tensor in state.items()})
+            net.load_state_dict(state)
         except RuntimeError as error:
             raise CheckpointError(file, None, f"is another network: {error}") from None
         return cls(net)
@@ -177,31 +175,30 @@ def _checked(array: object, shape: tuple[int, ...]) -> np.ndarray[Any, np.dtype[
 
 
 def _objects(cells: Cells) -> list[tuple[Seen, ...]]:
-    """The objects of each picture: where the heat peaks, of boxes that overlap the surest one."""
-    heat = cells.heat.float().sigmoid()
+    """The objects of each picture: where the heat peaks, the surest of those whose boxes overlap."""
+    heat = cells.heat.sigmoid()
     peaks = (heat == F.max_pool2d(heat, 3, 1, 1)) & (heat >= MIN_HEAT)
     picture, _, row, column = peaks.nonzero(as_tuple=True)
     sure = heat[picture, 0, row, column]
-    kind_chance, kind = cells.kind[picture, :, row, column].softmax(1).max(1)
-    colour_chance, colour = cells.colour[picture, :, row, column].softmax(1).max(1)
-    centre = torch.stack([column, row], 1) * CELL + CELL / 2
-    distances = cells.box[picture, :, row, column] * BOX_UNIT
-    boxes = torch.cat([centre - distances[:, :2], centre + distances[:, 2:]], 1).clamp(0, IMAGE_SIZE)
-    kinds = kind.where(kind_chance >= MIN_CHANCE, torch.tensor(len(KINDS)))
-    colours = colour.where(colour_chance >= MIN_CHANCE, torch.tensor(len(COLOURS)))
-    found: list[list[Seen]] = [[] for _ in range(len(heat))]
-    order = sure.argsort(descending=True).tolist()
+    kinds, kind_chance = _named(cells.kind[picture, :, row, column], KINDS)
+    colours, colour_chance = _named(cells.colour[picture, :, row, column], COLOURS)
     score = (sure * kind_chance * colour_chance).tolist()
-    where, what, tint, corners = picture.tolist(), kinds.tolist(), colours.tolist(), boxes.tolist()
-    for i in order:
-        x0, y0, x1, y1 = corners[i]
-        others = found[where[i]]
-        if x1 - x0 < 1 or y1 - y0 < 1 or any(overlap((x0, y0, x1, y1), other.box) > 0.5 for other in others):
-            continue
-        others.append(
-            Seen((*KINDS, None)[what[i]], (*COLOURS, None)[tint[i]], (x0, y0, x1, y1), round(score[i], 4))
-        )
+    centre = torch.stack([column, row], 1) * CELL + CELL / 2
+    low, high = (cells.box[picture, :, row, column] * BOX_UNIT).chunk(2, dim=1)
+    boxes = torch.cat([centre - low, centre + high], 1).clamp(0, IMAGE_SIZE).tolist()
+    found: list[list[Seen]] = [[] for _ in range(len(heat))]
+    for i in sure.argsort(descending=True).tolist():
+        others, box = found[picture[i]], (boxes[i][0], boxes[i][1], boxes[i][2], boxes[i][3])
+        if all(overlap(box, other.box) <= 0.5 for other in others):
+            others.append(Seen(kinds[i], colours[i], box, score[i]))
     return [tuple(objects) for objects in found]
+
+
+def _named(logits: Tensor, names: tuple[str, ...]) -> tuple[list[str | None], Tensor]:
+    """The likeliest name of each row, None where it is none of ours or not sure, and its chance."""
+    chance, best = logits.softmax(1).max(1)
+    best[chance < MIN_CHANCE] = len(names)
+    return [(*names, None)[i] for i in best.tolist()], chance
 
 
 def overlap(a: Box, b: Box) -> float:

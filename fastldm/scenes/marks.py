@@ -5,9 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 
-import torch
-from torch import Tensor
-
 from fastldm.scenes.judge import Reading, Seen, overlap
 from fastldm.scenes.scene import Scene, SceneObject
 
@@ -39,18 +36,3 @@ def pairs(things: Iterable[Seen | SceneObject]) -> Counter[Pair]:
 
 def _same(seen: Seen, thing: SceneObject) -> bool:
     return (seen.kind, seen.colour) == (thing.kind, thing.colour) and overlap(seen.box, thing.box) >= 0.5
-
-
-def frechet_distance(a: Tensor, b: Tensor) -> float:
-    """|μ_a − μ_b|² + tr(C_a + C_b − 2 (C_a C_b)^½) of two sets of features [n, d], [m, d], in float64.
-
-    (Heusel et al. 2017, arXiv:1706.08500) It grows as 1 / n when sets are small: compare sets of one size.
-    """
-    a, b = a.double(), b.double()
-    cov_a, cov_b = a.T.cov(), b.T.cov()
-    values, vectors = torch.linalg.eigh(cov_a)
-    root = vectors * values.clamp_min(0).sqrt() @ vectors.T
-    # C_a C_b and its symmetric relative C_a^½ C_b C_a^½ have the same eigenvalues.
-    common = torch.linalg.eigvalsh(root @ cov_b @ root).clamp_min(0).sqrt().sum()
-    distance = (a.mean(0) - b.mean(0)).square().sum() + cov_a.trace() + cov_b.trace() - 2 * common
-    return float(distance.clamp_min(0))
