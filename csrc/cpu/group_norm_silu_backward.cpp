@@ -25,11 +25,9 @@ static_assert(CONSTANT + 1 == Arguments::COEFFICIENTS);
 template <typename E>
 FASTLDM_INLINE Floats silu_slope(Floats x) {
 #ifdef __AVX512F__
-    if (sizeof(E) == 2) {  // 2^n is 0 where n has no such exponent
+    if (sizeof(E) == 2) {
         x = larger(splat(-87.0f), x);
-        const Floats z = x * -1.44269504f;
-        const Floats n = _mm512_roundscale_ps(z, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-        const Floats growth = _mm512_scalef_ps(exp2_fraction(z - n), n);
+        const Floats growth = exp_of_minus<E>(x);
         const Floats s = _mm512_rcp14_ps(1.0f + growth);
         return s + x * s * (growth * s);
     }

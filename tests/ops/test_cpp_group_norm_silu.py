@@ -112,7 +112,7 @@ def test_moments_are_those_of_pytorch_and_serve_the_norm(
         x, slack, top = case["x"], conditioning(case), case["x"].shape[2] // 2
         part = x[:, :, top:].contiguous(memory_format=torch.channels_last)
         moments = channel_moments.reference(x.double())
-        # 64 float32 numbers are added one after the other, then all in float64.
+        # In float32, 8 numbers are added and 8 such sums; then all in float64.
         bound = 32 * eps * slack * moments.abs().amax((0, 2))[:, None]
         torchs, exact = plain(case)[:, :, top:], truth(case)[:, :, top:]
         for isa, rule in rules.items():
