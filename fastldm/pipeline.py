@@ -33,6 +33,7 @@ from fastldm.runtime.memory import TensorCache, available_bytes, out_of_memory, 
 from fastldm.runtime.segments import segments
 from fastldm.runtime.slots import CachingSlots, Group, Outcome, Slots, Watch, smallest, split, watcher
 from fastldm.runtime.turns import Turns
+from fastldm.runtime.weights import Weights
 
 EMBEDDED, CONDITIONED = 16 << 20, 128 << 20  # bytes kept of embedded text, and of its keys and values
 
@@ -66,10 +67,7 @@ class Pipeline:
         recorder = CudaRecorder(device) if device.type == "cuda" else None
         self.graphs = Graphs(recorder, available_bytes(device) // 4)
         self._embedded, self._conditioned = TensorCache(EMBEDDED), TensorCache(CONDITIONED)
-        self._weights = [weight for network in networks for weight in network.parameters()]
-        # Where they lie and how often each was changed in place, as seen last.
-        self._places: list[int] = []
-        self._versions: object = None
+        self._weights = Weights(networks)
 
     def __repr__(self) -> str:
         return f"Pipeline({self.components.path}, {self.components.family}, {self.device}, {self.dtype})"
@@ -169,7 +167,12 @@ class Pipeline:
     def turn(self) -> Iterator[None]:
         """The pipeline for one caller: nobody else runs it or changes its weights within the block."""
         with self.turns, ops.use_backends(self.backends), torch.inference_mode():
-            self._forget_what_weights_changed()
+            moved, changed = self._weights.since_last()
+            if moved:
+                self.graphs.clear()
+            if moved or changed:  # remembered text is that of other weights
+                self._embedded.clear()
+                self._conditioned.clear()
             yield
 
     def stages(
@@ -377,18 +380,6 @@ class Pipeline:
             return made
         pictures = made.numpy()
         return [Image.fromarray(picture) for picture in pictures] if output_type == "pil" else pictures
-
-    def _forget_what_weights_changed(self) -> None:
-        """Weights changed in place make remembered text invalid, weights put elsewhere the graphs too."""
-        places = [weight.data_ptr() for weight in self._weights]
-        counted = not any(weight.is_inference() for weight in self._weights)
-        versions = [weight._version for weight in self._weights] if counted else object()
-        if places != self._places:
-            self.graphs.clear()
-        if places != self._places or versions != self._versions:
-            self._embedded.clear()
-            self._conditioned.clear()
-        self._places, self._versions = places, versions
 
     @cached_property
     def _hash(self) -> str:

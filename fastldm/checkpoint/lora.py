@@ -52,11 +52,16 @@ class Lora:
 
 def merged(weight: Tensor, changes: Iterable[tuple[LowRank, float]]) -> Tensor:
     """weight + Σ strength · scale · up · down: added up in float32, rounded once to the weight's dtype."""
-    total = weight.to(torch.float32, copy=True, memory_format=torch.contiguous_format).flatten(1)
+    form, order = torch.contiguous_format, [0, 1]
+    if weight.dim() == 4:  # rows of a convolution in the order in which models keep them
+        form, order = torch.channels_last, [0, 2, 3, 1]
+    total = weight.to(torch.float32, copy=True, memory_format=form)
+    rows = total.permute(order).view(len(total), -1)
     for change, strength in changes:
         up, down = (factor.to(total.device, total.dtype) for factor in (change.up, change.down))
-        total.addmm_(up, down, alpha=strength * change.scale)
-    return total.view(weight.shape).to(weight.dtype)
+        down = down.view(-1, *total.shape[1:]).permute(order).flatten(1)
+        rows.addmm_(up, down, alpha=strength * change.scale)
+    return total.to(weight.dtype)
 
 
 def read_lora(path: str | os.PathLike[str], networks: Mapping[str, nn.Module]) -> Lora:

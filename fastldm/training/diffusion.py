@@ -29,9 +29,9 @@ class TextToLatents(nn.Module):
         super().__init__()
         self.unet, self.text_encoder = unet, text_encoder
 
-    def forward(self, noisy: Tensor, timesteps: Tensor, ids: Tensor, hint: Tensor) -> Tensor:
-        """noisy [rows, C, h, w], timesteps [rows], token ids [rows, L], hint [rows, C + 4, h, w] →
-        prediction.
+    def forward(self, noisy: Tensor, timesteps: Tensor, ids: Tensor, hint: Tensor | None = None) -> Tensor:
+        """noisy [rows, C, h, w], timesteps [rows], token ids [rows, L], hint [rows, C + 4, h, w] where the
+        UNet has room for one → prediction.
         """
         rows = noisy.shape[0]
         condition = self.unet.condition(self.text_encoder(ids), timesteps.float()[:, None], hint)

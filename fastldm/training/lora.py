@@ -93,12 +93,12 @@ def train_lora(
 
     data: latents as the UNet sees them, [C, h, w] of one size, with their captions; anything with a length
     and an index. The model is the same afterwards; nobody else may run it meanwhile. `folder` keeps the state
-    that a stopped run goes on from. Raises InvalidArgument; CheckpointError for a model that takes more than
-    latents; and what `fit` raises.
+    that a stopped run goes on from. Raises InvalidArgument; CheckpointError for an inpainting model; and what
+    `fit` raises.
     """
     channels = components.unet.config.latent_channels
-    if components.unet.config.in_channels != channels:
-        why = f"is {components.unet.config.in_channels}: an inpainting model cannot be tuned yet"
+    if components.unet.config.in_channels == 2 * channels + 1:
+        why = f"is {2 * channels + 1}: an inpainting model cannot be tuned yet"
         raise CheckpointError(components.path, "unet in_channels", why)
     rank = integer("rank", settings.rank, 1, MAX_RANK)
     alpha = float(rank) if settings.alpha is None else number("alpha", settings.alpha, 1e-6, 1e6)

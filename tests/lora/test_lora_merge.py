@@ -36,9 +36,11 @@ def same(one: dict[str, Tensor], two: dict[str, Tensor]) -> bool:
     )
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    "options", [{"dtype": "fp32"}, {"dtype": "bf16"}, {"offload_text_encoder": True}], ids=str
+)
 def test_nothing_remembered_outlives_a_change(
-    base_folder: Path, monkeypatch: pytest.MonkeyPatch, dtype: str
+    base_folder: Path, monkeypatch: pytest.MonkeyPatch, options: dict
 ) -> None:
     """Pictures before, with and after are those of a pipeline that has known nothing else, to the bit.
 
@@ -50,10 +52,10 @@ def test_nothing_remembered_outlives_a_change(
         monkeypatch.setattr(cpp.linear, "LEAST", 0)
     except BackendUnavailable:
         pass
-    fresh = fastldm.load(base_folder, dtype=dtype)
+    fresh = fastldm.load(base_folder, **options)
     fresh.load_lora(KOHYA, 0.8)
     changed = picture(fresh)
-    pipe = fastldm.load(base_folder, dtype=dtype)
+    pipe = fastldm.load(base_folder, **options)
     plain = picture(pipe)
     assert not np.array_equal(plain, changed)
     for _ in range(2):
