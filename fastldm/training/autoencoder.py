@@ -12,6 +12,7 @@ from fastldm.scenes import KINDS
 from fastldm.training.config import AutoencoderSection
 from fastldm.training.data import PictureData, to_model
 from fastldm.training.fit import FitSettings
+from fastldm.training.reconstruction import psnr, to_pixels
 from fastldm.training.session import Session
 
 
@@ -97,19 +98,14 @@ def encode_all(vae: AutoencoderKL, images: Tensor, batch: int = 32) -> tuple[Ten
 
 
 @torch.inference_mode()
-def psnr(vae: AutoencoderKL, images: Tensor, batch: int = 16) -> float:
-    """Peak signal-to-noise ratio of reconstructions from the posterior mean, in dB: the mean over pictures
-    uint8 [N, H, W, 3].
-    """
+def mean_psnr(vae: AutoencoderKL, images: Tensor, batch: int = 16) -> float:
+    """Of reconstructions from the posterior mean, in dB: the mean over pictures uint8 [N, H, W, 3]."""
     device = next(vae.parameters()).device
-    values = []
-    for part in images.split(batch):
-        given = part.to(device)
-        decoded = vae.decode(vae.encode(to_model(given)).mean).clamp(-1, 1)
-        shown = (decoded.permute(0, 2, 3, 1) * 127.5 + 127.5).round()
-        error = (shown - given.float()).square().mean(dim=(1, 2, 3)).clamp_min(1e-3)
-        values.append(10 * torch.log10(255.0**2 / error))
-    return float(torch.cat(values).mean())
+    parts = [
+        psnr(part, to_pixels(vae.decode(vae.encode(to_model(part.to(device))).mean)).cpu())
+        for part in images.split(batch)
+    ]
+    return float(torch.cat(parts).mean())
 
 
 def train_autoencoder(session: Session, data: PictureData) -> AutoencoderKL:

@@ -17,7 +17,7 @@ from fastldm.models.layers import channels_last
 from fastldm.models.tokenizer import Tokenizer
 from fastldm.models.vae import AutoencoderKL
 from fastldm.scenes import VOCABULARY
-from fastldm.training.autoencoder import encode_all, psnr, train_autoencoder, train_decoder
+from fastldm.training.autoencoder import encode_all, mean_psnr, train_autoencoder, train_decoder
 from fastldm.training.config import JudgeConfig, TrainConfig, read_config
 from fastldm.training.data import PictureData, SceneData
 from fastldm.training.diffusion import TextToLatents, new_unet, train_diffusion
@@ -108,7 +108,7 @@ def first_stages(
     train_decoder(session, vae, data)
     seen = folder or SceneData.draw(JUDGED, config.seed + 1, config.stage)
     what = "the first" if folder else "fresh"
-    session.say(f"reconstruction of {what} pictures: {psnr(vae, seen.images[:JUDGED]):.2f} dB")
+    session.say(f"reconstruction of {what} pictures: {mean_psnr(vae, seen.images[:JUDGED]):.2f} dB")
     side = data.images.shape[1] // vae.config.factor
     unet = new_unet(session, vae.config.latent_channels, text_encoder.config.hidden_size, side)
     return vae, tokenizer, TextToLatents(unet, text_encoder)

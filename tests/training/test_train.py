@@ -16,7 +16,7 @@ from fastldm.errors import CheckpointError, InvalidArgument, NonFiniteOutput
 from fastldm.models.vae import AutoencoderKL, VAEConfig
 from fastldm.scenes import COLOURS, KINDS, LANDSCAPES, STYLES, draw_scene, render
 from fastldm.training import run
-from fastldm.training.autoencoder import Alignment, autoencoder_loss, encode_all, psnr
+from fastldm.training.autoencoder import Alignment, autoencoder_loss, encode_all, mean_psnr
 from fastldm.training.config import AutoencoderSection, TrainConfig, read_config
 from fastldm.training.data import SceneData, to_model
 from fastldm.training.fit import Average, FitSettings, fit
@@ -338,7 +338,7 @@ def test_psnr_and_encoding_of_a_known_autoencoder() -> None:
     nn.init.zeros_(vae.decoder.conv_out.bias)
     errors = [float(((128 - image.double()) ** 2).mean()) for image in data.images]
     want = sum(10 * math.log10(255**2 / error) for error in errors) / 3
-    assert psnr(vae, data.images) == pytest.approx(want, rel=1e-5)
+    assert mean_psnr(vae, data.images) == pytest.approx(want, rel=1e-5)
     with torch.no_grad():
         means, deviations = encode_all(vae, data.images, batch=2)
         posterior = vae.encode(to_model(data.images[2:]))
