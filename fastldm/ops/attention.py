@@ -8,6 +8,16 @@ from torch import Tensor
 
 from fastldm.ops.registry import op
 
+FEW_KEYS = 256
+
+
+def _trains_on_few_keys(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether autograd records a bfloat16 call on a CPU with so few keys that keeping the scores is 2.3 times
+    as fast as PyTorch's backward of SDPA, which makes them anew.
+    """
+    records = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (q, k, v))
+    return records and q.is_cpu and q.dtype == torch.bfloat16 and k.shape[2] <= FEW_KEYS
+
 
 @op
 def attention(
@@ -23,4 +33,8 @@ def attention(
         mask = torch.arange(k.shape[2], device=k.device) < key_lengths[:, None, None, None]
         if causal:
             mask = mask & torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=k.device).tril()
+    elif not causal and _trains_on_few_keys(q, k, v):
+        with torch.autocast("cpu", enabled=False):
+            weights = (q.float() * q.shape[-1] ** -0.5 @ k.float().transpose(2, 3)).softmax(dim=-1)
+            return weights.to(v.dtype) @ v
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal and mask is None)
