@@ -65,7 +65,10 @@ def main() -> None:
     scaled_latents(session, vae, data)  # gives the autoencoder its scale
     found: list[dict[str, Any]] = []
     for step, file in kept_averages(config.folder):
-        model.load_state_dict(torch.load(file, weights_only=True), strict=False)
+        kept = torch.load(file, weights_only=True)
+        model.load_state_dict(
+            {name.removeprefix("model."): value for name, value in kept.items()}, strict=False
+        )
         with tempfile.TemporaryDirectory() as folder:
             save_folder(
                 Path(folder) / "model",
@@ -84,8 +87,8 @@ def main() -> None:
     until = rows_until([(each["rows"], each["overall"]) for each in found], BAR)
     print(f"overall {BAR} after about {until:.2e} rows" if until else f"no line to {BAR} through these")
     if options.json is not None:
-        kept = {"machine": machine.describe(), "curve": found, "rows until the bar": until}
-        options.json.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+        result = {"machine": machine.describe(), "curve": found, "rows until the bar": until}
+        options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from fastldm.models.layers import Conv2d, channels_last
 from fastldm.models.vae import AutoencoderKL, DiagonalGaussian, VAEConfig
 from fastldm.scenes import KINDS
 from fastldm.training.config import AutoencoderSection
-from fastldm.training.data import PictureData, to_model
+from fastldm.training.data import PictureData, share_loss, shares, to_model
 from fastldm.training.fit import FitSettings
 from fastldm.training.reconstruction import psnr, to_pixels
 from fastldm.training.session import Session
@@ -35,16 +35,8 @@ class Alignment(nn.Module):
 
         latents [N, C, h, w]; segmentation uint8 [N, f·h, f·w].
         """
-        logits = self.head[1](F.silu(self.head[0](latents)))
-        return -(shares(segmentation, self.vae.config.factor) * logits.float().log_softmax(1)).sum(1).mean()
-
-
-def shares(segmentation: Tensor, factor: int) -> Tensor:
-    """The share of each class in each cell of factor × factor pixels: uint8 [N, H, W] → float32 [N, classes,
-    h, w].
-    """
-    hot = F.one_hot(segmentation.long(), 1 + len(KINDS)).permute(0, 3, 1, 2).float()
-    return F.avg_pool2d(hot, factor)
+        wanted = shares(segmentation, self.vae.config.factor, 1 + len(KINDS))
+        return share_loss(self.head[1](F.silu(self.head[0](latents))), wanted)
 
 
 def reconstruction_loss(images: Tensor, decoded: Tensor) -> Tensor:

@@ -66,6 +66,7 @@ class DiffusionSection:
     layers_per_block: int = 1
     norm_num_groups: int = 8
     caption_dropout: float = 0.1
+    reading: float = 0.0  # weight of reading classes and colours from the features, on scenes
     pictures: int = 12_000  # scenes to draw; of a folder all
     stage: int = 1  # of the world: see fastldm.scenes.mixture
     hinted: float = 0.0  # share of the rows that are given a mask, a map or a small picture

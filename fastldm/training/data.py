@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastldm.scenes import (
+    COLOURS,
+    KINDS,
     Scene,
     caption_and_facts,
     draw_scene,
@@ -49,8 +53,12 @@ class PictureData(ABC):
 
 @dataclass(frozen=True)
 class SceneData(PictureData):
-    """Pictures of scenes, drawn from a seed; their captions are phrased anew each time."""
+    """Pictures of scenes, drawn from a seed; their captions are phrased anew each time.
 
+    `colours` uint8 [N, 128, 128]: 0 is background, 1 + COLOURS.index(colour) an object.
+    """
+
+    colours: Tensor
     scenes: tuple[Scene, ...]
 
     @classmethod
@@ -60,16 +68,48 @@ class SceneData(PictureData):
         scenes = tuple(draw_scene(rng, stage) for _ in range(count))
         first = render(scenes[0])
         images = np.empty((count, *first.image.shape), np.uint8)
-        maps = np.empty((count, *first.segmentation.shape), np.uint8)
+        maps, colours = np.zeros((2, count, *first.segmentation.shape), np.uint8)
         for i, scene in enumerate(scenes):
             drawn = render(scene)
             images[i], maps[i] = drawn.image, drawn.segmentation
-        return cls(torch.from_numpy(images), torch.from_numpy(maps), scenes)
+            for thing in scene.objects:  # no two boxes overlap
+                x0, y0, x1, y1 = thing.box
+                window = slice(int(y0), math.ceil(y1)), slice(int(x0), math.ceil(x1))
+                colours[i][window] = (maps[i][window] > 0) * (1 + COLOURS.index(thing.colour))
+        return cls(torch.from_numpy(images), torch.from_numpy(maps), torch.from_numpy(colours), scenes)
+
+    def cells(self, factor: int) -> Tensor:
+        """The share of each class, then of each colour, in each cell of factor × factor pixels: float16
+        [N, classes + colours, h, w], background first in both.
+        """
+        parts = zip(self.segmentation.split(64), self.colours.split(64), strict=True)
+        return torch.cat(
+            [
+                torch.cat(
+                    (shares(kinds, factor, 1 + len(KINDS)), shares(hues, factor, 1 + len(COLOURS))), 1
+                ).half()
+                for kinds, hues in parts
+            ]
+        )
 
     def captions(self, rows: list[int], generator: torch.Generator) -> list[tuple[str, frozenset[str]]]:
         """A fresh caption for each row, and the facts that it told; now and then a label or a layout."""
         rng = np.random.default_rng(int(torch.randint(2**62, (1,), generator=generator)))
         return [prompt_and_facts(self.scenes[row], rng) for row in rows]
+
+
+def shares(classes: Tensor, factor: int, count: int) -> Tensor:
+    """The share of each class in each cell of factor × factor pixels: uint8 [N, H, W] → float32 [N, count, h,
+    w].
+    """
+    return F.avg_pool2d(F.one_hot(classes.long(), count).permute(0, 3, 1, 2).float(), factor)
+
+
+def share_loss(logits: Tensor, wanted: Tensor) -> Tensor:
+    """Cross-entropy between the classes read in each cell and the shares that they have there, [N, classes,
+    h, w] both.
+    """
+    return -(wanted.float() * logits.float().log_softmax(1)).sum(1).mean()
 
 
 def prompt_and_facts(scene: Scene, rng: np.random.Generator) -> tuple[str, frozenset[str]]:

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,10 +15,11 @@ from torch import Tensor, nn
 from fastldm.diffusion import Criterion
 from fastldm.models.clip import CLIPTextModel
 from fastldm.models.hints import hint_channels
-from fastldm.models.layers import channels_last
+from fastldm.models.layers import Conv2d, channels_last
 from fastldm.models.tokenizer import Tokenizer
 from fastldm.models.unet import UNet, UNetConfig
-from fastldm.training.data import PictureData
+from fastldm.scenes import COLOURS, KINDS
+from fastldm.training.data import PictureData, SceneData, share_loss
 from fastldm.training.session import Session
 from fastldm.training.text import token_ids
 
@@ -39,6 +41,34 @@ class TextToLatents(nn.Module):
             noisy, condition, torch.zeros(rows, dtype=torch.long, device=noisy.device)
         )
         return prediction
+
+
+class Reading(nn.Module):
+    """A head that reads from the UNet's features what stands in each cell of the clean picture: the classes,
+    then the colours. It is for training alone.
+
+    The noise hides what the caption tells, so the features must take it from there: this teaches the UNet to
+    listen to the text long before the loss on the latents would. (Yu et al. 2024, arXiv:2410.06940)
+    """
+
+    def __init__(self, model: TextToLatents) -> None:
+        super().__init__()
+        self.model = model
+        widths = model.unet.config.block_out_channels[:2]
+        self.head = Conv2d(widths[-1], 2 + len(KINDS) + len(COLOURS), 1)
+        self.features: Tensor | None = None
+        model.unet.up_blocks[-len(widths)].register_forward_hook(self._keep)
+
+    def _keep(self, block: nn.Module, given: tuple[Any, ...], made: Tensor) -> None:
+        self.features = made
+
+    def loss(self, wanted: Tensor) -> Tensor:
+        """Of the last call of the model, wanted as `SceneData.cells` gives it: classes plus colours."""
+        assert self.features is not None
+        sizes = [1 + len(KINDS), 1 + len(COLOURS)]
+        parts = zip(self.head(self.features).split(sizes, 1), wanted.split(sizes, 1), strict=True)
+        kinds, colours = (share_loss(logits, shares) for logits, shares in parts)
+        return kinds + colours
 
 
 def new_unet(session: Session, latent_channels: int, context_width: int, side: int) -> UNet:
@@ -77,6 +107,10 @@ def train_diffusion(
     section, device = session.config.diffusion, session.device
     means, deviations = latents
     criterion = Criterion(section.objective, section.scheduler)
+    reading, cells = None, torch.empty(0)
+    if section.reading and isinstance(data, SceneData):
+        reading = Reading(model).to(device)
+        cells = data.cells(data.images.shape[1] // means.shape[-1])
 
     def loss(step: int, generator: torch.Generator) -> Tensor:
         batch = section.fit.batch
@@ -89,6 +123,9 @@ def train_diffusion(
         texts = ["" if drop else text for text, drop in zip(texts, dropped.tolist(), strict=True)]
         clean = means[rows] + deviations[rows] * torch.randn(means[rows].shape, generator=generator)
         ids = token_ids(tokenizer, texts).to(device)
-        return criterion(model, clean.to(device), ids, hint.to(device), generator=generator).mean()
+        error = criterion(model, clean.to(device), ids, hint.to(device), generator=generator).mean()
+        if reading is None:
+            return error
+        return error + section.reading * reading.loss(cells[rows].to(device))
 
-    session.fit("diffusion", model, loss, section.fit, seed=2, sample=sample)
+    session.fit("diffusion", reading or model, loss, section.fit, seed=2, sample=sample)

@@ -50,6 +50,7 @@ transformer_depth = [0, 1]
 heads = [1, 2]
 norm_num_groups = 4
 pictures = 8
+reading = 0.2
 hinted = 0.5
 hints = 5
 fit = {{ steps = 4, batch = 2, learning_rate = 1e-3, warmup = 1, ema_decay = 0.9, save_every = 2 }}
