@@ -83,9 +83,10 @@ def networks_of(pipe: fastldm.Pipeline) -> dict[str, nn.Module]:
     return {"unet": pipe.components.unet, "text_encoder": pipe.components.text_encoder}
 
 
-@pytest.fixture
-def networks(pipe: fastldm.Pipeline) -> dict[str, nn.Module]:
-    return networks_of(pipe)
+@pytest.fixture(scope="session")
+def networks(base_folder: Path) -> dict[str, nn.Module]:
+    """For tests that leave the weights as they are."""
+    return networks_of(fastldm.load(base_folder))
 
 
 @pytest.fixture

@@ -13,7 +13,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-import fastldm
 from fastldm.checkpoint.lora import read_lora
 from fastldm.errors import CheckpointError
 
@@ -158,16 +157,10 @@ def test_what_is_no_lora_file(networks: dict[str, nn.Module], tmp_path: Path) ->
         assert caught.value.file == str(path)
 
 
-@pytest.fixture(scope="module")
-def once(base_folder: Path) -> dict[str, nn.Module]:
-    components = fastldm.load(base_folder).components
-    return {"unet": components.unet, "text_encoder": components.text_encoder}
-
-
 @settings(max_examples=150)
 @given(data=st.data())
 def test_a_mutated_file_is_refused_or_whole(
-    once: dict[str, nn.Module], tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+    networks: dict[str, nn.Module], tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
 ) -> None:
     """Bytes changed, cut out or put in: a CheckpointError, or finite factors that fit."""
     whole = (FIXTURES / "lora_kohya_sd15_mixed.safetensors").read_bytes()
@@ -185,13 +178,13 @@ def test_a_mutated_file_is_refused_or_whole(
     file = tmp_path_factory.getbasetemp() / "mutated.safetensors"
     file.write_bytes(damaged)
     try:
-        lora = read_lora(file, once)
+        lora = read_lora(file, networks)
     except CheckpointError as error:
         assert error.file == str(file)
         return
     for module, change in lora.changes.items():
         part, _, name = module.partition(".")
-        weight = once[part].get_submodule(name).weight
+        weight = networks[part].get_submodule(name).weight
         assert change.up.shape[1] == change.down.shape[0]
         assert (change.up.shape[0], change.down.shape[1]) == (len(weight), weight[0].numel())
         assert torch.isfinite(change.up).all() and torch.isfinite(change.down).all()
