@@ -54,6 +54,12 @@ def products(draw: st.DrawFn) -> Call:
     return x, weight, normal(generator, outputs) if draw(st.booleans()) else None, residual
 
 
+def choose(monkeypatch: pytest.MonkeyPatch, isa: str) -> None:
+    """This kernel, also where it would leave the call to PyTorch."""
+    monkeypatch.setattr(cpp.extension, "ISA", isa)
+    monkeypatch.setattr(cpp.panels, "SETS", (isa,))
+
+
 def run(op: Any, call: Call) -> Tensor:
     with use_backends("cpp"):
         return op(*call)
@@ -71,7 +77,7 @@ def truth(op: Any, call: Call) -> Tensor:
 def test_errors_stay_within_those_of_pytorch(
     isa: str, op: Any, calls: Any, error_rule: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cpp.extension, "ISA", isa)
+    choose(monkeypatch, isa)
     rule = error_rule()
 
     @settings(max_examples=150)
@@ -98,7 +104,7 @@ def test_errors_of_long_sums_are_below_those_of_pytorch() -> None:
 def test_a_row_is_the_same_alone_and_for_any_number_of_threads(
     isa: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cpp.extension, "ISA", isa)
+    choose(monkeypatch, isa)
     generator = torch.Generator().manual_seed(3)
     maps, tokens = normal(generator, 3, 40, 13, 13), normal(generator, 500, 300)
     window, matrix = normal(generator, 150, 40, 3, 3), normal(generator, 150, 300)
@@ -128,11 +134,14 @@ def test_nothing_beside_the_result_is_written(isa: str) -> None:
         assert (result[:pad] == -1).all() and (result[-pad:] == -1).all() and (result[pad:-pad] == 7).all()
 
 
-def test_calls_too_large_to_gain_are_left_to_others() -> None:
+def test_calls_that_gain_nothing_are_left_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
     fits, most = cpp.panels.fits, cpp.panels.MOST
+    monkeypatch.setattr(cpp.extension, "ISA", "avx2")
     weight = torch.empty(1024, 1024, device="meta")
     assert fits(weight, most) and not fits(weight, most + 1)
     assert not fits(torch.empty(1024, 1025, device="meta"), 1) and not fits(weight.bfloat16(), 1)
+    monkeypatch.setattr(cpp.extension, "ISA", "plain")
+    assert not fits(weight, 1)
 
 
 def test_nan_and_inf_reach_what_they_reach_in_pytorch() -> None:

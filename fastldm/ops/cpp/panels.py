@@ -14,11 +14,14 @@ from fastldm.ops.cpp.extension import _C
 PANEL = 32  # Convolve::PANEL
 MOST = 512  # pixels or rows of the result
 MOST_WEIGHTS = 1 << 20
+SETS = ("avx2", "avx512", "avx512_bf16")  # the plain kernel takes twice PyTorch's time
 
 
 def fits(weight: Tensor, pixels: int) -> bool:
     """Whether such a call is made here."""
-    return weight.dtype == torch.float32 and pixels <= MOST and weight.numel() <= MOST_WEIGHTS
+    if weight.dtype != torch.float32 or extension.ISA not in SETS:
+        return False
+    return pixels <= MOST and weight.numel() <= MOST_WEIGHTS
 
 
 def pack(weight: Tensor) -> Tensor:
