@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastldm.errors import InvalidArgument
+from fastldm.checks import choice
 from fastldm.models.discriminator import PatchDiscriminator
 
 LARGEST_WEIGHT = 1e4
@@ -28,8 +28,7 @@ class AdversarySettings:
 
     def __post_init__(self) -> None:
         """InvalidArgument for a loss that there is not."""
-        if self.loss not in CRITIC_LOSSES:
-            raise InvalidArgument("autoencoder.adversary.loss", self.loss, " or ".join(CRITIC_LOSSES))
+        choice("autoencoder.adversary.loss", self.loss, tuple(CRITIC_LOSSES))
 
     def critic(self) -> PatchDiscriminator:
         """A new critic."""

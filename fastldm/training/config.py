@@ -51,8 +51,7 @@ class AutoencoderSection:
 
     def __post_init__(self) -> None:
         """InvalidArgument for choices that contradict each other."""
-        if self.kind not in ("kl", "vq"):
-            raise InvalidArgument("autoencoder.kind", self.kind, "kl or vq")
+        choice("autoencoder.kind", self.kind, ("kl", "vq"))
         if self.codes < 1:
             raise InvalidArgument("autoencoder.codes", self.codes, "at least 1")
         levels = len(self.block_out_channels)

@@ -363,7 +363,7 @@ def test_psnr_and_encoding_of_a_known_autoencoder() -> None:
         (("hinted = 0.5", 'objective = { timesteps = "logit_normal" }'), "timesteps", "loss_second_moment"),
         (("threads = 1", "side = 64"), "side", "128"),
         (("threads = 1", 'data = "pictures"'), "text.fit", "absent with data"),
-        (("crop = 32", 'kind = "vae"'), "autoencoder.kind", "kl or vq"),
+        (("crop = 32", 'kind = "vae"'), "autoencoder.kind", "kl, vq"),
         (("crop = 32", "attention_levels = [2]"), "autoencoder.attention_levels", "levels 0 to 1"),
         (("crop = 32", 'lpips = "lpips.safetensors"'), "autoencoder.lpips", "perceptual"),
         (("crop = 32", "adversary = { start = 0 }"), "autoencoder.decoder", "adversary"),
