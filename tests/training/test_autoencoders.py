@@ -194,7 +194,7 @@ def test_the_loss_of_a_quantising_autoencoder_against_a_transcription() -> None:
     )
     reconstruction = (images - decoded).abs().mean() + ((images - decoded) ** 2).mean()
     want = reconstruction.item() + 0.3 * distance + 0.7 * quantiser.item()
-    assert float(before) == pytest.approx(want, rel=1e-9)
+    assert before.item() == pytest.approx(want, rel=1e-9)
 
     adversarial = -critic(decoded).mean()
     last = vae.decoder.conv_out.weight
@@ -202,7 +202,7 @@ def test_the_loss_of_a_quantising_autoencoder_against_a_transcription() -> None:
     pulls = [torch.autograd.grad(x, last, retain_graph=True)[0].norm() for x in (full, adversarial)]
     term = 0.6 * pulls[0] / (pulls[1] + 1e-4) * adversarial
     own = ((1 - critic(images)).clamp(0).mean() + (1 + critic(decoded)).clamp(0).mean()) / 2
-    assert float(after) == pytest.approx(want + float(term + own), rel=1e-6)
+    assert after.item() == pytest.approx(want + (term + own).item(), rel=1e-6)
 
 
 def test_training_against_a_critic_resumes_to_the_bit_and_moves_both_players(tmp_path: Path) -> None:
