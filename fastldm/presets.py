@@ -83,4 +83,4 @@ FIRST_STAGES: dict[str, VAEConfig | VQConfig] = {
     "vq-f8-n256": replace(_VQ_F8, num_vq_embeddings=256),
     "vq-f16": replace(_VQ_F8, latent_channels=8, block_out_channels=_F16, attention_levels=(4,)),
 }
-"""The first stages of the latent diffusion paper. (arXiv:2112.10752, tables 8 and 15)"""
+"""The first stages of the latent diffusion paper. (arXiv:2112.10752, table 8)"""

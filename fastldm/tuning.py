@@ -20,6 +20,7 @@ from fastldm.models.layers import channels_last
 from fastldm.models.unet import UNet, UNetCondition
 from fastldm.models.vae import AutoencoderKL
 from fastldm.models.vae_strips import decode
+from fastldm.models.vq import VQModel
 from fastldm.ops import missing
 from fastldm.ops.recording import Call, recording
 from fastldm.presets import PRESETS
@@ -38,6 +39,7 @@ def calls_of(model: str, dtype: torch.dtype) -> list[Call]:
     on the meta device.
     """
     with torch.device("meta"), torch.no_grad():
+        vae: AutoencoderKL | VQModel
         if model in PRESETS:
             unet, vae = UNet(PRESETS[model].unet), AutoencoderKL(PRESETS[model].vae)
         else:

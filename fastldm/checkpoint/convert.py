@@ -20,7 +20,9 @@ from fastldm.errors import CheckpointError, InvalidArgument
 from fastldm.models.clip import CLIP_L
 from fastldm.models.tokenizer import Tokenizer
 
-_VAE_PROJECTION = re.compile(r"first_stage_model\.\w+\.mid\.attn_1\.(q|k|v|proj_out)\.weight")
+_VAE_PROJECTION = re.compile(
+    r"first_stage_model\.\w+\.(mid\.attn_1|(down|up)\.\d+\.attn\.\d+)\.(q|k|v|proj_out)\.weight"
+)
 
 
 def convert(

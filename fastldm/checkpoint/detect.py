@@ -17,6 +17,7 @@ from fastldm.errors import CheckpointError
 SD1_HEADS = 8
 HEAD_WIDTH = 64
 MAX_BLOCKS = 256
+SD_SCALING_FACTOR = 0.18215
 
 BERT = "latent diffusion models with a BERT text encoder are not supported yet"
 ONE_COMPONENT = "this is one component of a diffusers folder: give the folder that holds its model_index.json"
@@ -28,7 +29,6 @@ FOREIGN = (
     (("model.diffusion_model.double_blocks.", "double_blocks."), "Flux is not supported"),
     (("low_scale_model.",), "the Stable Diffusion upscaler is not supported yet"),
     (("depth_model.",), "the Stable Diffusion 2 depth model is not supported"),
-    (("first_stage_model.quantize.",), "latent diffusion models with a VQ first stage are not supported yet"),
     (("cond_stage_model.transformer.token_emb.",), BERT),
     (("cond_stage_model.embedding.",), "class-conditional latent diffusion models are not supported yet"),
     (("control_model.", "input_hint_block.", "controlnet_cond_"), "a ControlNet is no model by itself"),
@@ -143,14 +143,15 @@ def _depth(shapes: Shapes, prefix: str) -> int:
     return shapes.count(lambda i: f"{prefix}.transformer_blocks.{i}.norm1.weight")
 
 
-def infer_vae(shapes: Shapes, scaling_factor: float) -> dict[str, Any]:
-    """The config.json of a KL autoencoder with CompVis keys."""
+def infer_vae(shapes: Shapes, scaling_factor: float | None) -> dict[str, Any]:
+    """The config.json of an autoencoder with CompVis keys; not told otherwise, KL latents are scaled as those
+    of Stable Diffusion, and latents before quantisation are not.
+    """
     levels = shapes.count(lambda i: f"encoder.down.{i}.block.0.conv1.weight")
     if not 0 < levels <= MAX_LEVELS:
         raise shapes.error("encoder.down.*", f"has {levels} levels")
     kinds = ["Attn" if f"encoder.down.{i}.attn.0.q.weight" in shapes else "" for i in range(levels)]
-    return {
-        "_class_name": "AutoencoderKL",
+    shared = {
         "in_channels": shapes.get("encoder.conv_in.weight", 4)[1],
         "out_channels": shapes.get("decoder.conv_out.weight", 4)[0],
         "latent_channels": shapes.get("decoder.conv_in.weight", 4)[1],
@@ -163,9 +164,22 @@ def infer_vae(shapes: Shapes, scaling_factor: float) -> dict[str, Any]:
         "act_fn": "silu",
         "norm_num_groups": 32,
         "mid_block_add_attention": "encoder.mid.attn_1.q.weight" in shapes,
+    }
+    if "quantize.embedding.weight" in shapes:
+        codes, width = shapes.get("quantize.embedding.weight", 2)
+        return {
+            "_class_name": "VQModel",
+            **shared,
+            "num_vq_embeddings": codes,
+            "vq_embed_dim": width,
+            "scaling_factor": scaling_factor or 1.0,
+        }
+    return {
+        "_class_name": "AutoencoderKL",
+        **shared,
         "use_quant_conv": "quant_conv.weight" in shapes,
         "use_post_quant_conv": "post_quant_conv.weight" in shapes,
-        "scaling_factor": scaling_factor,
+        "scaling_factor": scaling_factor or SD_SCALING_FACTOR,
     }
 
 

@@ -18,7 +18,7 @@ from fastldm.errors import CheckpointError
 INDEX = "model_index.json"
 CLASSES = {
     "unet": ("UNet2DConditionModel",),
-    "vae": ("AutoencoderKL",),
+    "vae": ("AutoencoderKL", "VQModel"),
     "text_encoder": ("CLIPTextModel", "CLIPTextModelWithProjection"),
 }
 NOT_NEEDED = ("safety_checker", "feature_extractor", "image_encoder")

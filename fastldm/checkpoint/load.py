@@ -26,6 +26,7 @@ from fastldm.models.clip import CLIPTextModel
 from fastldm.models.tokenizer import Tokenizer
 from fastldm.models.unet import UNet
 from fastldm.models.vae import AutoencoderKL
+from fastldm.models.vq import VQModel
 
 PAD_ID = {"sd1": 49407, "sd2": 0}
 
@@ -38,7 +39,7 @@ class Components:
 
     family: str
     unet: UNet
-    vae: AutoencoderKL
+    vae: AutoencoderKL | VQModel
     text_encoder: CLIPTextModel
     tokenizer: Tokenizer
     scheduler: SchedulerConfig

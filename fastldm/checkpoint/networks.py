@@ -17,6 +17,7 @@ from fastldm.models.clip import CLIPTextConfig, CLIPTextModel
 from fastldm.models.hints import hint_channels
 from fastldm.models.unet import UNet, UNetConfig
 from fastldm.models.vae import AutoencoderKL, VAEConfig
+from fastldm.models.vq import VQConfig, VQModel
 
 NETWORKS: dict[str, tuple[Any, Any]] = {
     "unet": (UNetConfig, UNet),
@@ -29,16 +30,23 @@ def read_network_config(part: str, fields: Mapping[str, Any], file: Path) -> Any
     """The configuration dataclass of a network from the fields of its config.json."""
     check_structure(fields, file)
     try:
-        return NETWORKS[part][0].from_dict(fields, str(file))
+        return _classes(part, fields)[0].from_dict(fields, str(file))
     except (TypeError, ValueError, AttributeError, LookupError) as error:
         raise CheckpointError(file, None, f"is malformed: {error}") from error
+
+
+def _classes(part: str, fields: Mapping[str, Any]) -> tuple[Any, Any]:
+    """The dataclass and the network of a component, of which an autoencoder may be of two classes."""
+    if part == "vae" and fields.get("_class_name") == "VQModel":
+        return VQConfig, VQModel
+    return NETWORKS[part]
 
 
 class Networks(NamedTuple):
     """The networks of a model, in the order of `PARTS`."""
 
     unet: UNet
-    vae: AutoencoderKL
+    vae: AutoencoderKL | VQModel
     text_encoder: CLIPTextModel
 
 
@@ -78,7 +86,7 @@ def _build(name: str, part: Part) -> Any:
     config = read_network_config(name, part.config, part.config_file)
     try:
         with _NoInitialValues(), torch.device("meta"):
-            network = NETWORKS[name][1](config)
+            network = _classes(name, part.config)[1](config)
     except (ValueError, RuntimeError) as error:
         raise CheckpointError(
             part.config_file, None, f"describes no network that can be built: {error}"

@@ -20,6 +20,7 @@ from fastldm.models.clip import CLIPTextModel
 from fastldm.models.tokenizer import Tokenizer
 from fastldm.models.unet import UNet
 from fastldm.models.vae import AutoencoderKL
+from fastldm.models.vq import VQModel
 
 WEIGHTS = {
     "unet": "diffusion_pytorch_model.safetensors",
@@ -32,7 +33,7 @@ def save_folder(
     folder: str | os.PathLike[str],
     *,
     unet: UNet,
-    vae: AutoencoderKL,
+    vae: AutoencoderKL | VQModel,
     text_encoder: CLIPTextModel,
     tokenizer: Tokenizer,
     scheduler: SchedulerConfig | Mapping[str, Any],
@@ -82,7 +83,7 @@ def write_folder(
             "text_encoder": ["transformers", "CLIPTextModel"],
             "tokenizer": ["transformers", kind],
             "unet": ["diffusers", "UNet2DConditionModel"],
-            "vae": ["diffusers", "AutoencoderKL"],
+            "vae": ["diffusers", configs["vae"]["_class_name"]],
         }
         _write_json(temporary / INDEX, index)
 

@@ -43,7 +43,6 @@ PREDICTION_METADATA = ("prediction_type", "modelspec.prediction_type", "modelspe
 # SD2 models trained for v have a larger deviation than this in the bias of the last of these norms (ComfyUI).
 V_PREDICTION_STD = 0.09
 _NORM = re.compile(r"model\.diffusion_model\.output_blocks\.(\d+)\.1\.transformer_blocks\.0\.norm1\.bias")
-SD_SCALING_FACTOR = 0.18215
 
 
 def open_single(path: Path, overrides: Mapping[str, Any]) -> Source:
@@ -153,11 +152,11 @@ def _embedded(file: SafetensorsFile) -> dict[str, Any]:
     return found
 
 
-def _scaling_factor(file: SafetensorsFile) -> float:
-    """The factor from latents to unit variance: stored where training measured it, else SD's."""
+def _scaling_factor(file: SafetensorsFile) -> float | None:
+    """The factor from latents to unit variance, stored where training measured it."""
     entry = file.entries.get("scale_factor")
     if entry is None:
-        return SD_SCALING_FACTOR
+        return None
     if entry.numel != 1 or entry.dtype not in DTYPES:
         raise CheckpointError(
             file.path, "scale_factor", f"is {entry.dtype} {list(entry.shape)}; expected one number"

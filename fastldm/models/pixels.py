@@ -4,13 +4,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import Tensor, nn
 
-from fastldm.errors import CheckpointError
 from fastldm.models.vae import AutoencoderKL, PointMass
 from fastldm.models.vq import VQModel
 
@@ -23,19 +21,6 @@ class PixelConfig:
     scaling_factor: float = 1.0
     shift_factor: float = 0.0
     factor: ClassVar[int] = 1
-
-    @classmethod
-    def from_dict(cls, fields: Mapping[str, Any], file: str = "vae/config.json") -> PixelConfig:
-        """Read what `to_dict` gave; CheckpointError for any other field."""
-        fields = {name: value for name, value in fields.items() if not name.startswith("_")}
-        try:
-            return cls(**fields)
-        except TypeError:
-            raise CheckpointError(file, None, f"has fields that pixels do not have: {fields}") from None
-
-    def to_dict(self) -> dict[str, Any]:
-        """A vae/config.json in the manner of diffusers, which has no such class."""
-        return {"_class_name": "PixelAutoencoder", **vars(self)}
 
 
 class PixelAutoencoder(nn.Module):

@@ -115,6 +115,10 @@ class DiagonalGaussian:
         """Standard deviation of each latent."""
         return torch.exp(0.5 * self.logvar)
 
+    def to(self, dtype: torch.dtype) -> DiagonalGaussian:
+        """The same in another dtype."""
+        return DiagonalGaussian(self.mean.to(dtype), self.logvar.to(dtype))
+
     def sample(self, noise: Tensor) -> Tensor:
         """mean + std · noise."""
         return self.mean + self.std * noise
@@ -135,6 +139,10 @@ class PointMass:
     def std(self) -> Tensor:
         """Zeros."""
         return torch.zeros_like(self.mean)
+
+    def to(self, dtype: torch.dtype) -> PointMass:
+        """The same in another dtype."""
+        return PointMass(self.mean.to(dtype))
 
     def sample(self, noise: Tensor) -> Tensor:
         """The latents themselves."""

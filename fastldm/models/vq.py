@@ -51,7 +51,7 @@ class VQConfig(AutoencoderConfig):
         """The config.json of this autoencoder as a diffusers VQModel."""
         fields = {"_class_name": "VQModel", **self.fields(), "vq_embed_dim": self.latent_channels}
         fields["latent_channels"] = fields.pop("z_channels") or self.latent_channels
-        return fields
+        return {name: value for name, value in fields.items() if value is not None}
 
 
 class Quantised(NamedTuple):

@@ -1,36 +1,43 @@
-"""The first stage: a KL autoencoder. (Rombach et al. 2022, arXiv:2112.10752, section 3.1 and appendix G)"""
+"""The first stage: an autoencoder, KL or quantising. (Rombach et al. 2022, arXiv:2112.10752, section 3.1 and
+appendix G)
+"""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastldm.models.layers import Conv2d, channels_last
-from fastldm.models.vae import AutoencoderKL, DiagonalGaussian, VAEConfig
+from fastldm.models.vae import AutoencoderKL, DiagonalGaussian, PointMass, VAEConfig
+from fastldm.models.vq import VQConfig, VQModel
 from fastldm.scenes import KINDS
+from fastldm.training.adversarial import adversarial_losses
 from fastldm.training.config import AutoencoderSection
 from fastldm.training.data import PictureData, share_loss, shares, to_model
 from fastldm.training.fit import FitSettings
-from fastldm.training.reconstruction import psnr, to_pixels
+from fastldm.training.perceptual import LPIPS, Perceptual, laplacian_distance
 from fastldm.training.session import Session
 
 
-class Alignment(nn.Module):
-    """An autoencoder whose latents also tell what stands where: a small head reads the segmentation map.
+class AutoencoderTraining(nn.Module):
+    """An autoencoder, and what is there for its training alone: a small head that reads the segmentation map
+    from the latents, and, if the configuration has an adversary, its critic.
 
-    Latents that mean something are much easier to generate. The head is for training alone.
-    (Yao & Wang 2025, arXiv:2501.01423)
+    Latents that mean something are much easier to generate. (Yao & Wang 2025, arXiv:2501.01423)
     """
 
-    def __init__(self, vae: AutoencoderKL, width: int = 48) -> None:
+    def __init__(self, vae: AutoencoderKL | VQModel, width: int = 48) -> None:
         super().__init__()
         self.vae = vae
         self.head = nn.ModuleList(
             [Conv2d(vae.config.latent_channels, width, 1), Conv2d(width, 1 + len(KINDS), 1)]
         )
+        self.critic: nn.Module | None = None
 
-    def loss(self, latents: Tensor, segmentation: Tensor) -> Tensor:
+    def alignment(self, latents: Tensor, segmentation: Tensor) -> Tensor:
         """Cross-entropy between the classes read in each cell and the share of its pixels that each has.
 
         latents [N, C, h, w]; segmentation uint8 [N, f·h, f·w].
@@ -39,13 +46,7 @@ class Alignment(nn.Module):
         return share_loss(self.head[1](F.silu(self.head[0](latents))), wanted)
 
 
-def reconstruction_loss(images: Tensor, decoded: Tensor) -> Tensor:
-    """mean |x − x̂| + mean (x − x̂)², in float32 or wider."""
-    error = images - decoded.to(images.dtype)
-    return error.abs().mean() + error.square().mean()
-
-
-def drawn(posterior: DiagonalGaussian, generator: torch.Generator, noise: float) -> Tensor:
+def drawn(posterior: DiagonalGaussian | PointMass, generator: torch.Generator, noise: float) -> Tensor:
     """A draw from the posterior, and on top of it noise of up to `noise` of the latents' deviation, by lot a
     row: what a decoder must see through, for generated latents are never quite right.
     """
@@ -58,25 +59,61 @@ def drawn(posterior: DiagonalGaussian, generator: torch.Generator, noise: float)
     return latents
 
 
-def autoencoder_loss(
-    model: Alignment,
-    images: Tensor,
-    segmentation: Tensor,
-    generator: torch.Generator,
-    section: AutoencoderSection,
-) -> Tensor:
-    """Reconstruction + kl_weight · mean over images of KL(q(z|x) ‖ N(0, 1)) + alignment · reading the map."""
-    posterior = model.vae.encode(images)
-    posterior = DiagonalGaussian(posterior.mean.to(images.dtype), posterior.logvar.to(images.dtype))
-    latents = drawn(posterior, generator, section.noise)
-    loss = reconstruction_loss(images, model.vae.decode(latents)) + section.kl_weight * posterior.kl().mean()
-    if section.alignment:
-        loss = loss + section.alignment * model.loss(latents, segmentation)
-    return loss
+class AutoencoderLoss:
+    """The loss of a configuration.
+
+    Reconstruction, + kl_weight · mean over images of KL(q(z|x) ‖ N(0, 1)) or codebook_weight · the
+    quantiser's loss, + alignment · reading the map, + from its start on the game against the critic.
+    """
+
+    def __init__(self, section: AutoencoderSection, device: torch.device) -> None:
+        self.section = section
+        self.distance: Perceptual = laplacian_distance
+        if section.lpips is not None:
+            self.distance = LPIPS.load(section.lpips).to(device)
+
+    def reconstruction(self, images: Tensor, decoded: Tensor) -> Tensor:
+        """mean |x − x̂| + mean (x − x̂)² + perceptual · mean distance, in float32 or wider."""
+        decoded = decoded.to(images.dtype)
+        error = images - decoded
+        loss = error.abs().mean() + error.square().mean()
+        if self.section.perceptual:
+            loss = loss + self.section.perceptual * self.distance(images, decoded).mean()
+        return loss
+
+    def __call__(
+        self,
+        model: AutoencoderTraining,
+        step: int,
+        images: Tensor,
+        segmentation: Tensor,
+        generator: torch.Generator,
+    ) -> Tensor:
+        """The loss of images [N, 3, H, W] in −1…1 and their maps uint8 [N, H, W]."""
+        section, vae = self.section, model.vae
+        if isinstance(vae, VQModel):
+            latents = drawn(vae.encode(images).to(images.dtype), generator, section.noise)
+            quantised = vae.quantize(latents)
+            decoded = vae.decode(quantised.latents, force_not_quantize=True)
+            rest = section.codebook_weight * quantised.loss
+        else:
+            posterior = vae.encode(images).to(images.dtype)
+            latents = drawn(posterior, generator, section.noise)
+            decoded = vae.decode(latents)
+            rest = section.kl_weight * posterior.kl().mean()
+        reconstruction = self.reconstruction(images, decoded)
+        loss = reconstruction + rest
+        if section.alignment:
+            loss = loss + section.alignment * model.alignment(latents, segmentation)
+        if section.adversary is not None and model.critic is not None and step >= section.adversary.start:
+            last = vae.decoder.conv_out.weight
+            game = adversarial_losses(section.adversary, model.critic, images, decoded, reconstruction, last)
+            loss = loss + sum(game)
+        return loss
 
 
 @torch.inference_mode()
-def encode_all(vae: AutoencoderKL, images: Tensor, batch: int = 32) -> tuple[Tensor, Tensor]:
+def encode_all(vae: AutoencoderKL | VQModel, images: Tensor, batch: int = 32) -> tuple[Tensor, Tensor]:
     """Posterior means and standard deviations of pictures uint8 [N, H, W, 3], unscaled: float32 [N, C, h, w]
     each, on the CPU.
     """
@@ -85,55 +122,57 @@ def encode_all(vae: AutoencoderKL, images: Tensor, batch: int = 32) -> tuple[Ten
     for part in images.split(batch):
         posterior = vae.encode(to_model(part.to(device)))
         means.append(posterior.mean.contiguous().cpu())
-        deviations.append(torch.exp(0.5 * posterior.logvar).contiguous().cpu())
+        deviations.append(posterior.std.contiguous().cpu())
     return torch.cat(means), torch.cat(deviations)
 
 
-@torch.inference_mode()
-def mean_psnr(vae: AutoencoderKL, images: Tensor, batch: int = 16) -> float:
-    """Of reconstructions from the posterior mean, in dB: the mean over pictures uint8 [N, H, W, 3]."""
-    device = next(vae.parameters()).device
-    parts = [
-        psnr(part, to_pixels(vae.decode(vae.encode(to_model(part.to(device))).mean)).cpu())
-        for part in images.split(batch)
-    ]
-    return float(torch.cat(parts).mean())
+def new_autoencoder(section: AutoencoderSection) -> AutoencoderKL | VQModel:
+    """The autoencoder of a configuration, its weights drawn from the global generator."""
+    shape: dict[str, Any] = {
+        "block_out_channels": section.block_out_channels,
+        "latent_channels": section.latent_channels,
+        "layers_per_block": section.layers_per_block,
+        "norm_num_groups": section.norm_num_groups,
+        "attention_levels": section.attention_levels,
+        "mid_block_add_attention": section.mid_attention,
+    }
+    if section.kind == "vq":
+        return VQModel(VQConfig(**shape, num_vq_embeddings=section.codes))
+    return AutoencoderKL(VAEConfig(**shape))
 
 
-def train_autoencoder(session: Session, data: PictureData) -> AutoencoderKL:
+def train_autoencoder(session: Session, data: PictureData) -> AutoencoderKL | VQModel:
     """Train from the seed, or resume; its scaling factor is set later, from the latents it makes."""
     section = session.config.autoencoder
     torch.manual_seed(session.config.seed)
-    vae = AutoencoderKL(
-        VAEConfig(
-            block_out_channels=section.block_out_channels,
-            latent_channels=section.latent_channels,
-            layers_per_block=section.layers_per_block,
-            norm_num_groups=section.norm_num_groups,
-        )
-    )
-    model = channels_last(Alignment(vae)).to(session.device)
+    vae = new_autoencoder(section)
+    model = AutoencoderTraining(vae)
+    if section.adversary is not None:
+        model.critic = section.adversary.critic()
+    model = channels_last(model).to(session.device)
+    objective = AutoencoderLoss(section, session.device)
 
     def loss(step: int, generator: torch.Generator) -> Tensor:
         images, segmentation = _batch(session, section.fit, data, step, generator)
-        return autoencoder_loss(model, images, segmentation, generator, section)
+        return objective(model, step, images, segmentation, generator)
 
-    session.fit("autoencoder", model, loss, section.fit, seed=0)
+    session.fit("autoencoder", model, loss, section.fit, seed=0, critic=model.critic)
     return vae
 
 
-def train_decoder(session: Session, vae: AutoencoderKL, data: PictureData) -> None:
+def train_decoder(session: Session, vae: AutoencoderKL | VQModel, data: PictureData) -> None:
     """Go on with the decoder alone, if the configuration says so; the encoder, and so every latent, stays."""
     section = session.config.autoencoder
     settings = section.decoder
     if settings is None:
         return
+    objective = AutoencoderLoss(section, session.device)
 
     def loss(step: int, generator: torch.Generator) -> Tensor:
         images, _ = _batch(session, settings, data, step, generator)
         with torch.no_grad():
-            posterior = vae.encode(images)
-        return reconstruction_loss(images, vae.decode(drawn(posterior, generator, section.noise)))
+            latents = drawn(vae.encode(images), generator, section.noise)
+        return objective.reconstruction(images, vae.decode(latents))
 
     session.fit("decoder", vae.decoder, loss, settings, seed=3)
 

@@ -13,6 +13,7 @@ from fastldm.checks import choice
 from fastldm.diffusion import Objective, SchedulerConfig
 from fastldm.errors import InvalidArgument
 from fastldm.scenes.palette import IMAGE_SIZE
+from fastldm.training.adversarial import AdversarySettings
 from fastldm.training.fit import FitSettings
 
 if sys.version_info >= (3, 11):
@@ -26,19 +27,42 @@ PREDICTIONS = ("v_prediction", "epsilon", "sample", "flow")
 
 @dataclass(frozen=True)
 class AutoencoderSection:
-    """The KL autoencoder: its shape, and its optimisation on crops, then on whole pictures at the end."""
+    """The autoencoder: its shape, and its optimisation on crops, then on whole pictures at the end."""
 
     fit: FitSettings
     block_out_channels: tuple[int, ...]
     latent_channels: int
+    kind: str = "kl"  # or vq, with a codebook
+    codes: int = 1024  # entries of the codebook
     layers_per_block: int = 1
     norm_num_groups: int = 8
+    attention_levels: tuple[int, ...] = ()  # where attention follows each residual block; 0: at full size
+    mid_attention: bool = True
     crop: int = 64
     whole: float = 0.15  # last share of the steps, on whole pictures, as many pixels a batch
     kl_weight: float = 1e-6
+    codebook_weight: float = 1.0
+    perceptual: float = 0.0  # weight of the perceptual distance
+    lpips: Path | None = None  # weights that make it LPIPS; None: that of Laplacian pyramids
+    adversary: AdversarySettings | None = None
     noise: float = 0.0  # largest noise that the decoder is trained to see through, in latents' deviations
     alignment: float = 0.0  # weight of reading the segmentation map out of the latents
     decoder: FitSettings | None = None  # a second turn for the decoder alone; the latents stay what they are
+
+    def __post_init__(self) -> None:
+        """InvalidArgument for choices that contradict each other."""
+        choice("autoencoder.kind", self.kind, ("kl", "vq"))
+        if self.codes < 1:
+            raise InvalidArgument("autoencoder.codes", self.codes, "at least 1")
+        levels = len(self.block_out_channels)
+        if any(level >= levels for level in self.attention_levels):
+            raise InvalidArgument(
+                "autoencoder.attention_levels", list(self.attention_levels), f"levels 0 to {levels - 1}"
+            )
+        if self.lpips is not None and not self.perceptual:
+            raise InvalidArgument("autoencoder.lpips", str(self.lpips), "absent without perceptual")
+        if self.decoder is not None and self.adversary is not None:
+            raise InvalidArgument("autoencoder.decoder", "a section", "absent with an adversary")
 
 
 @dataclass(frozen=True)
@@ -203,8 +227,16 @@ def _build(cls: type, given: Mapping[str, Any], where: str) -> Any:
 
 
 _SECTIONS = {
-    c.__name__: c
-    for c in (AutoencoderSection, TextSection, DiffusionSection, JudgeSection, FitSettings, Objective)
+    section.__name__: section
+    for section in (
+        AutoencoderSection,
+        TextSection,
+        DiffusionSection,
+        JudgeSection,
+        FitSettings,
+        Objective,
+        AdversarySettings,
+    )
 }
 
 

@@ -95,6 +95,7 @@ def fit(
     workers: Workers = ALONE,
     sample: Callable[[int], None] | None = None,
     tensorboard: bool = False,
+    critic: nn.Module | None = None,
 ) -> None:
     """Minimise loss(step, generator) over the module's parameters; ends with the averaged weights in the
     module.
@@ -106,11 +107,12 @@ def fit(
 
     `bfloat16`: the loss is computed under autocast; weights, averages and the optimiser stay float32.
     `sample`: called with the step, every `settings.sample_every`, while the module holds the averages.
+    `critic`: the part of the module that plays against the rest: clipped apart, and with less momentum.
     """
     folder.mkdir(parents=True, exist_ok=True)
     state_file = folder / f"{name}.pt"
     optimizer = torch.optim.AdamW(
-        module.parameters(),
+        _groups(module, critic),
         lr=settings.learning_rate,
         betas=(0.9, 0.99),
         weight_decay=settings.weight_decay,
@@ -132,7 +134,8 @@ def fit(
                 raise NonFiniteOutput(
                     f"{name}: the loss is {value} at step {step}; the last good state is {state_file}"
                 )
-            nn.utils.clip_grad_norm_(module.parameters(), settings.clip)
+            for group in optimizer.param_groups:
+                nn.utils.clip_grad_norm_(group["params"], settings.clip)
             optimizer.step()
             if settings.ema_decay:
                 average.update(module, step)
@@ -157,6 +160,16 @@ def fit(
     if settings.ema_decay:
         module.load_state_dict(average.values, strict=False)
     module.eval()
+
+
+def _groups(module: nn.Module, critic: nn.Module | None) -> list[dict[str, Any]]:
+    """The parameters for the optimiser, those of the critic apart. (betas: Radford et al. 2015,
+    arXiv:1511.06434)
+    """
+    apart = list(critic.parameters()) if critic is not None else []
+    rest = [parameter for parameter in module.parameters() if not any(parameter is p for p in apart)]
+    groups: list[dict[str, Any]] = [{"params": rest}]
+    return [*groups, {"params": apart, "betas": (0.5, 0.9)}] if apart else groups
 
 
 def _backward(

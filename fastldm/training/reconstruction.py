@@ -54,7 +54,8 @@ def reconstruction_report(
     signal, structure, chosen = [], [], []
     real: list[Tensor] = []
     seen: list[Tensor] = []
-    for part in images.split(batch):
+    device = next((parameter.device for parameter in vae.parameters()), images.device)
+    for part in images.to(device).split(batch):
         latents = vae.encode(to_model(part)).mean
         shown = to_pixels(vae.decode(latents))
         signal.append(psnr(part, shown))

@@ -16,8 +16,9 @@ from fastldm.checkpoint.atomic import replacing
 from fastldm.models.layers import channels_last
 from fastldm.models.tokenizer import Tokenizer
 from fastldm.models.vae import AutoencoderKL
+from fastldm.models.vq import VQModel
 from fastldm.scenes import VOCABULARY
-from fastldm.training.autoencoder import encode_all, mean_psnr, train_autoencoder, train_decoder
+from fastldm.training.autoencoder import encode_all, train_autoencoder, train_decoder
 from fastldm.training.config import JudgeConfig, TrainConfig, read_config
 from fastldm.training.data import PictureData, SceneData
 from fastldm.training.diffusion import TextToLatents, new_unet, train_diffusion
@@ -25,6 +26,7 @@ from fastldm.training.folder import FolderData
 from fastldm.training.hints import make_hints
 from fastldm.training.judge import train_judge
 from fastldm.training.parallel import joined, local_device
+from fastldm.training.reconstruction import reconstruction_report
 from fastldm.training.samples import PROMPTS, draw_samples
 from fastldm.training.session import Session
 from fastldm.training.text import new_text_encoder, train_text_encoder
@@ -88,7 +90,7 @@ def _train(config: TrainConfig, report: Callable[[str], None], strict: bool) -> 
 
 def first_stages(
     session: Session, folder: FolderData | None
-) -> tuple[AutoencoderKL, Tokenizer, TextToLatents]:
+) -> tuple[AutoencoderKL | VQModel, Tokenizer, TextToLatents]:
     """The autoencoder and the text encoder, trained or resumed, and a UNet that starts from nothing; or all
     of them from the model folder that the configuration starts from.
     """
@@ -108,14 +110,14 @@ def first_stages(
     train_decoder(session, vae, data)
     seen = folder or SceneData.draw(JUDGED, config.seed + 1, config.stage)
     what = "the first" if folder else "fresh"
-    session.say(f"reconstruction of {what} pictures: {mean_psnr(vae, seen.images[:JUDGED]):.2f} dB")
+    session.say(f"reconstruction of {what} pictures: {reconstruction_report(vae, seen.images[:JUDGED])}")
     side = data.images.shape[1] // vae.config.factor
     unet = new_unet(session, vae.config.latent_channels, text_encoder.config.hidden_size, side)
     return vae, tokenizer, TextToLatents(unet, text_encoder)
 
 
 def scaled_latents(
-    session: Session, vae: AutoencoderKL, data: PictureData
+    session: Session, vae: AutoencoderKL | VQModel, data: PictureData
 ) -> tuple[tuple[Tensor, Tensor], Tensor]:
     """Posterior means and deviations of all pictures, scaled to zero mean and unit variance over all, and
     hints for the first of them.
@@ -145,5 +147,5 @@ def scaled_latents(
     return latents, hints
 
 
-def _scaled(vae: AutoencoderKL, latents: Tensor) -> Tensor:
+def _scaled(vae: AutoencoderKL | VQModel, latents: Tensor) -> Tensor:
     return (latents - vae.config.shift_factor) * vae.config.scaling_factor

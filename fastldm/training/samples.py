@@ -13,6 +13,7 @@ from fastldm.checkpoint.atomic import replacing
 from fastldm.diffusion import SchedulerConfig, build_table
 from fastldm.models.tokenizer import Tokenizer
 from fastldm.models.vae import AutoencoderKL
+from fastldm.models.vq import VQModel
 from fastldm.scenes import contact_sheet
 from fastldm.training.diffusion import TextToLatents
 from fastldm.training.text import token_ids
@@ -56,7 +57,7 @@ def sample_latents(
 @torch.no_grad()
 def draw_samples(
     file: Path,
-    vae: AutoencoderKL,
+    vae: AutoencoderKL | VQModel,
     model: TextToLatents,
     scheduler: SchedulerConfig,
     tokenizer: Tokenizer,

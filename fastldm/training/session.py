@@ -35,6 +35,7 @@ class Session:
         settings: FitSettings,
         seed: int,
         sample: Callable[[int], None] | None = None,
+        critic: nn.Module | None = None,
     ) -> None:
         """`fastldm.training.fit.fit` in this run's folder, its seeds counted from the run's."""
         fit(
@@ -49,4 +50,5 @@ class Session:
             workers=self.workers,
             sample=sample,
             tensorboard=self.config.tensorboard,
+            critic=critic,
         )

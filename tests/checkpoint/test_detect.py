@@ -10,12 +10,16 @@ from pathlib import Path
 import pytest
 import torch
 
+from fastldm.checkpoint.detect import Shapes as KeyShapes
+from fastldm.checkpoint.detect import infer_vae
 from fastldm.checkpoint.load import open_source
 from fastldm.checkpoint.networks import build
-from fastldm.checkpoint.rename import CLIP, OPEN_CLIP, text_names, unet_names, vae_names
+from fastldm.checkpoint.rename import CLIP, OPEN_CLIP, STAGES, text_names, unet_names, vae_names
 from fastldm.models.clip import CLIP_L, OPENCLIP_H, CLIPTextConfig, CLIPTextModel
 from fastldm.models.unet import UNet, UNetConfig
 from fastldm.models.vae import AutoencoderKL, VAEConfig
+from fastldm.models.vq import VQConfig, VQModel
+from fastldm.presets import FIRST_STAGES
 
 SD1 = UNetConfig()
 SD2 = UNetConfig(heads=(5, 10, 20, 20), cross_attention_dim=1024, use_linear_projection=True)
@@ -107,3 +111,16 @@ def test_every_missing_tensor_of_a_full_size_model_is_named(tmp_path: Path) -> N
             build(open_source(file))
         assert type(caught.value).__name__ == "CheckpointError"
         assert getattr(caught.value, "key", None) is not None
+
+
+@pytest.mark.parametrize("name", FIRST_STAGES)
+def test_first_stages_of_the_zoo_are_read_from_their_keys(name: str) -> None:
+    config = FIRST_STAGES[name]
+    with torch.device("meta"):
+        network = VQModel(config) if isinstance(config, VQConfig) else AutoencoderKL(config)
+    names = vae_names(config.to_dict())
+    shapes = {str(names.to_single(key)): tuple(t.shape) for key, t in network.state_dict().items()}
+    for scale in (None, 0.5):
+        fields = infer_vae(KeyShapes(Path("model"), STAGES["vae"], shapes), scale)
+        found = type(config).from_dict(fields)
+        assert found == replace(config, scaling_factor=scale or config.scaling_factor)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,18 +16,29 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
 
+import fastldm
+from fastldm.checkpoint import convert
 from fastldm.errors import CheckpointError, InvalidArgument
 from fastldm.models.discriminator import PatchDiscriminator
 from fastldm.models.pixels import PixelAutoencoder, PixelConfig
 from fastldm.models.vq import VQConfig, VQModel
+from fastldm.training import run
 from fastldm.training.adversarial import (
-    Adversary,
     AdversarySettings,
     adaptive_weight,
+    adversarial_losses,
     hinge_loss,
     vanilla_loss,
 )
-from fastldm.training.data import to_model
+from fastldm.training.autoencoder import (
+    AutoencoderLoss,
+    AutoencoderTraining,
+    new_autoencoder,
+    train_autoencoder,
+)
+from fastldm.training.config import AutoencoderSection, DiffusionSection, TrainConfig
+from fastldm.training.data import SceneData, to_model
+from fastldm.training.fit import FitSettings
 from fastldm.training.perceptual import LPIPS, laplacian_distance
 from fastldm.training.reconstruction import (
     codebook_use,
@@ -36,6 +48,7 @@ from fastldm.training.reconstruction import (
     ssim,
     to_pixels,
 )
+from fastldm.training.session import Session
 
 Recorded = Callable[[str], Any]
 
@@ -96,85 +109,197 @@ def test_adaptive_weight_equals_the_original(recorded: Recorded) -> None:
     assert not clamped.requires_grad
 
 
-def settings_of(given: dict[str, Any], learning_rate: float) -> AdversarySettings:
+def settings_of(given: dict[str, Any]) -> AdversarySettings:
     return AdversarySettings(
         start=given["disc_start"],
         weight=given["disc_weight"],
         loss=given.get("disc_loss", "hinge"),
         width=given.get("disc_ndf", 64),
         layers=given["disc_num_layers"],
-        learning_rate=learning_rate,
     )
 
 
 @pytest.mark.parametrize("name", ["kl_hinge", "vq_l1", "vq_l2"])
-def test_the_adversarial_term_equals_the_original_before_and_after_its_start(
-    recorded: Recorded, name: str
-) -> None:
+def test_the_game_equals_the_original(recorded: Recorded, name: str) -> None:
     case = recorded("ldm/autoencoder_losses")
     variant = case.config["variants"][name]
-    weights = f"{variant['discriminator']}."
-    for step in variant["steps"]:
-        toy, want = Toy(case), f"{name}.step{step}"
-        adversary = Adversary(settings_of(variant["args"], learning_rate=0.0))
-        adversary.critic.load_state_dict(
-            {k.removeprefix(weights): v for k, v in case.weight.items() if k.startswith(weights)}
+    settings, weights = settings_of(variant["args"]), f"{variant['discriminator']}."
+    toy, want = Toy(case), f"{name}.step{max(variant['steps'])}"
+    critic = settings.critic()
+    critic.load_state_dict(
+        {k.removeprefix(weights): v for k, v in case.weight.items() if k.startswith(weights)}
+    )
+    critic.train(variant.get("disc_train", False))
+    error = toy.decoded - toy.images
+    if name == "kl_hinge":
+        reconstruction, rest = error.abs().sum() / 2, 0.01 * case.out[f"{want}.opt0.kl_loss"]
+    else:
+        reconstruction = (error.square() if name == "vq_l2" else error.abs()).mean()
+        rest = 0.8 * case.input["codebook_loss"]
+    case.holds(f"{want}.opt0.nll_loss", reconstruction)
+    term, own = adversarial_losses(settings, critic, toy.images, toy.decoded, reconstruction, toy.last_layer)
+    case.holds(f"{want}.opt1.disc_loss", own)
+    total = reconstruction + rest + term
+    case.holds(f"{want}.opt0.total_loss", total)
+    # One backward pass of everything moves the last layer as the original's without the critic's loss.
+    (total + own).backward()
+    case.holds(f"{want}.opt0.grad_last_layer", toy.last_layer.grad)
+    # And the critic as its own loss alone.
+    moved = [parameter.grad.clone() for parameter in critic.parameters()]
+    critic.zero_grad()
+    decoded = toy.decoded.detach()
+    loss = vanilla_loss if settings.loss == "vanilla" else hinge_loss
+    loss(critic(toy.images), critic(decoded)).backward()
+    for got, parameter in zip(moved, critic.parameters(), strict=True):
+        torch.testing.assert_close(got, parameter.grad)
+
+
+SECTION = AutoencoderSection(
+    FitSettings(1, 1, 1.0),
+    (8, 8),
+    2,
+    kind="vq",
+    codes=10,
+    codebook_weight=0.7,
+    norm_num_groups=4,
+    perceptual=0.3,
+    adversary=AdversarySettings(start=5, weight=0.6, width=4, layers=1),
+)
+
+
+def test_the_loss_of_a_quantising_autoencoder_against_a_transcription() -> None:
+    torch.manual_seed(8)
+    model = AutoencoderTraining(new_autoencoder(SECTION))
+    model.critic = SECTION.adversary.critic()
+    model.double()
+    vae, critic = model.vae, model.critic
+    torch.nn.init.normal_(vae.quantize.embedding.weight)
+    images = torch.rand(2, 3, 16, 16, dtype=torch.float64) * 2 - 1
+    maps = torch.zeros(2, 16, 16, dtype=torch.uint8)
+    objective = AutoencoderLoss(SECTION, torch.device("cpu"))
+    before, after = (objective(model, step, images, maps, torch.Generator()) for step in (4, 5))
+
+    latents = vae.quant_conv(vae.encoder(images))
+    codes = vae.quantize.embedding.weight
+    places = latents.movedim(1, -1)
+    chosen = codes[(places[..., None, :] - codes).square().sum(-1).argmin(-1)]
+    quantiser = 1.25 * (places - chosen).square().mean()
+    decoded = vae.decoder(vae.post_quant_conv(chosen.movedim(-1, 1)))
+    distance = np.mean(
+        [
+            pyramid_by_hand((images - decoded)[row, channel].detach().numpy(), 4)
+            for row in range(2)
+            for channel in range(3)
+        ]
+    )
+    reconstruction = (images - decoded).abs().mean() + ((images - decoded) ** 2).mean()
+    want = reconstruction.item() + 0.3 * distance + 0.7 * quantiser.item()
+    assert before.item() == pytest.approx(want, rel=1e-9)
+
+    adversarial = -critic(decoded).mean()
+    last = vae.decoder.conv_out.weight
+    full = reconstruction + 0.3 * laplacian_distance(images, decoded).mean()
+    pulls = [torch.autograd.grad(x, last, retain_graph=True)[0].norm() for x in (full, adversarial)]
+    term = 0.6 * pulls[0] / (pulls[1] + 1e-4) * adversarial
+    own = ((1 - critic(images)).clamp(0).mean() + (1 + critic(decoded)).clamp(0).mean()) / 2
+    assert after.item() == pytest.approx(want + (term + own).item(), rel=1e-6)
+
+
+def test_training_against_a_critic_resumes_to_the_bit_and_moves_both_players(tmp_path: Path) -> None:
+    data = SceneData.draw(4, 2)
+    adversary = AdversarySettings(start=2, width=4, layers=1)
+    section = replace(
+        SECTION,
+        fit=FitSettings(steps=6, batch=2, learning_rate=1e-3, warmup=1, save_every=4),
+        crop=16,
+        adversary=adversary,
+        whole=0.0,
+    )
+
+    def train(folder: Path, dies_at: int | None = None) -> dict[str, Tensor]:
+        def data_until(rows: int, side: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+            nonlocal passes
+            passes += 1
+            if passes == dies_at:
+                raise KeyboardInterrupt
+            return data.crops(rows, side, generator)
+
+        passes = 0
+        config = TrainConfig(
+            folder, folder, section, DiffusionSection(section.fit, (8, 8), (0, 1), (1, 1)), seed=1
         )
-        adversary.critic.train(variant.get("disc_train", False))
-        error = toy.decoded - toy.images
-        if name == "kl_hinge":
-            reconstruction, rest = error.abs().sum() / 2, 0.01 * case.out[f"{want}.opt0.kl_loss"]
-        else:
-            reconstruction = (error.square() if name == "vq_l2" else error.abs()).mean()
-            rest = 0.8 * case.input["codebook_loss"]
-        case.holds(f"{want}.opt0.nll_loss", reconstruction)
-        term = adversary.loss(step, toy.images, toy.decoded, reconstruction, toy.last_layer)
-        total = reconstruction + rest + term
-        case.holds(f"{want}.opt0.total_loss", total)
-        (gradient,) = torch.autograd.grad(total, toy.last_layer)
-        case.holds(f"{want}.opt0.grad_last_layer", gradient)
-        if step >= variant["args"]["disc_start"]:
-            case.holds(f"{want}.opt1.disc_loss", adversary.teach(toy.images, toy.decoded.detach()))
+        spied = SimpleNamespace(images=data.images, crops=data_until)
+        train_autoencoder(Session(config, report=str), spied)
+        return torch.load(folder / "autoencoder.pt", weights_only=True)
+
+    unbroken = train(tmp_path / "a")
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "b", dies_at=6)
+    assert torch.load(tmp_path / "b" / "autoencoder.pt", weights_only=True)["step"] == 4
+    resumed = train(tmp_path / "b")
+    for key, tensor in unbroken["module"].items():
+        assert torch.equal(tensor, resumed["module"][key]), key
+    torch.manual_seed(1)
+    fresh = AutoencoderTraining(new_autoencoder(section))
+    fresh.critic = adversary.critic()
+    for key, tensor in fresh.state_dict().items():
+        if key.endswith(("main.0.weight", "conv_out.weight", "embedding.weight")):
+            assert not torch.equal(tensor, unbroken["module"][key]), key
+    groups = unbroken["optimizer"]["param_groups"]
+    assert [group["betas"] for group in groups] == [(0.9, 0.99), (0.5, 0.9)]
+    assert len(groups[1]["params"]) == len(list(fresh.critic.parameters()))
 
 
-def test_the_critic_learns_only_from_its_own_loss_and_its_state_resumes() -> None:
-    settings = AdversarySettings(start=0, width=4, layers=2, learning_rate=1e-2)
-    generator = torch.Generator().manual_seed(1)
-    pairs = [torch.randn(2, 2, 3, 16, 16, generator=generator) for _ in range(6)]
+RUN = """
+folder = "{folder}/run"
+output = "{folder}/model"
+pictures = 6
+threads = 1
+[autoencoder]
+kind = "vq"
+codes = 24
+block_out_channels = [8, 8, 8]
+attention_levels = [2]
+latent_channels = 3
+norm_num_groups = 4
+crop = 32
+perceptual = 0.5
+adversary = {{ start = 1, width = 4, layers = 1 }}
+fit = {{ steps = 3, batch = 2, learning_rate = 1e-3, warmup = 1, ema_decay = 0.9 }}
+[text]
+width = 16
+heads = 2
+[diffusion]
+block_out_channels = [8, 16]
+transformer_depth = [0, 1]
+heads = [1, 2]
+norm_num_groups = 4
+pictures = 4
+fit = {{ steps = 2, batch = 2, learning_rate = 1e-3, warmup = 1 }}
+"""
 
-    def play(adversary: Adversary, steps: range) -> None:
-        for step in steps:
-            images, decoded = pairs[step]
-            last = torch.ones(3, 1, 1, requires_grad=True)
-            made = decoded * last
-            error = (images - made).square().mean()
-            (error + adversary.loss(step, images, made, error, last)).backward()
-            assert last.grad is not None and all(p.requires_grad for p in adversary.critic.parameters())
 
-    torch.manual_seed(2)
-    unbroken = Adversary(settings)
-    before = {k: v.clone() for k, v in unbroken.critic.state_dict().items()}
-    play(unbroken, range(3))
-    assert not torch.equal(before["main.0.weight"], unbroken.critic.main[0].weight)
-    torch.manual_seed(3)
-    resumed = Adversary(settings)
-    resumed.load_state_dict(copy.deepcopy(unbroken.state_dict()))
-    play(unbroken, range(3, 6))
-    play(resumed, range(3, 6))
-    for mine, theirs in zip(
-        unbroken.critic.state_dict().values(), resumed.critic.state_dict().values(), strict=True
-    ):
-        assert torch.equal(mine, theirs)
-
-
-def test_the_critic_learns_to_tell_pictures_from_reconstructions() -> None:
-    torch.manual_seed(0)
-    adversary = Adversary(AdversarySettings(start=0, width=8, layers=2))
-    images = torch.randn(8, 3, 16, 16)
-    blurred = F.avg_pool2d(images, 3, 1, 1)
-    losses = [float(adversary.teach(images, blurred)) for _ in range(30)]
-    assert losses[0] > 0.7 and losses[-1] < 0.1
-    assert float(adversary.critic(images).mean()) > 0.5 > -0.5 > float(adversary.critic(blurred).mean())
+def test_a_run_with_a_codebook_ends_with_a_model_that_generates(tmp_path: Path) -> None:
+    file = tmp_path / "vq.toml"
+    file.write_text(RUN.format(folder=tmp_path))
+    said: list[str] = []
+    output = run.main(file, said.append)
+    assert any("codes used, perplexity" in line for line in said)
+    pipe = fastldm.load(output)
+    vae = pipe.components.vae
+    assert isinstance(vae, VQModel) and vae.config.num_vq_embeddings == 24
+    assert vae.config.attention_levels == (2,) and vae.config.scaling_factor != 1.0
+    result = pipe.generate("a red circle", steps=2, seed=1)
+    latents = pipe.generate("a red circle", steps=2, seed=1, output_type="latent").images
+    given = latents / vae.config.scaling_factor + vae.config.shift_factor
+    with torch.no_grad():
+        codes = vae.quantize.codes(vae.quantize.indices(given))
+        decoded = vae.decode(codes, force_not_quantize=True)
+    assert np.abs(np.asarray(result.image).astype(int) - to_pixels(decoded)[0].numpy()).max() <= 1
+    single = fastldm.load(convert(output, tmp_path / "vq.safetensors")).components.vae
+    assert single.config == vae.config
+    for key, tensor in vae.state_dict().items():
+        assert torch.equal(tensor, single.state_dict()[key]), key
 
 
 def pyramid_by_hand(x: np.ndarray, levels: int) -> float:

@@ -16,10 +16,11 @@ from fastldm.errors import CheckpointError, InvalidArgument, NonFiniteOutput
 from fastldm.models.vae import AutoencoderKL, VAEConfig
 from fastldm.scenes import COLOURS, KINDS, LANDSCAPES, STYLES, draw_scene, render
 from fastldm.training import run
-from fastldm.training.autoencoder import Alignment, autoencoder_loss, encode_all, mean_psnr
+from fastldm.training.autoencoder import AutoencoderLoss, AutoencoderTraining, encode_all
 from fastldm.training.config import AutoencoderSection, TrainConfig, read_config
 from fastldm.training.data import SceneData, to_model
 from fastldm.training.fit import Average, FitSettings, fit
+from fastldm.training.reconstruction import reconstruction_report
 from fastldm.training.text import QUESTIONS, UNTOLD, answers, reader_loss
 
 TINY = """
@@ -246,11 +247,12 @@ def test_training_goes_on_from_a_model_folder(tmp_path: Path) -> None:
 def test_autoencoder_loss_against_an_independent_transcription() -> None:
     torch.manual_seed(0)
     config = VAEConfig(block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4, latent_channels=2)
-    model = Alignment(AutoencoderKL(config), width=5).double()
+    model = AutoencoderTraining(AutoencoderKL(config), width=5).double()
     images = torch.rand(2, 3, 8, 8, dtype=torch.float64) * 2 - 1
     segmentation = torch.randint(17, (2, 8, 8), dtype=torch.uint8)
     section = AutoencoderSection(FitSettings(1, 1, 1.0), (8, 8), 2, kl_weight=0.01, noise=0.3, alignment=0.2)
-    got = autoencoder_loss(model, images, segmentation, torch.Generator().manual_seed(5), section)
+    objective = AutoencoderLoss(section, torch.device("cpu"))
+    got = objective(model, 0, images, segmentation, torch.Generator().manual_seed(5))
 
     generator = torch.Generator().manual_seed(5)
     posterior = model.vae.encode(images)
@@ -339,7 +341,7 @@ def test_psnr_and_encoding_of_a_known_autoencoder() -> None:
     nn.init.zeros_(vae.decoder.conv_out.bias)
     errors = [float(((128 - image.double()) ** 2).mean()) for image in data.images]
     want = sum(10 * math.log10(255**2 / error) for error in errors) / 3
-    assert mean_psnr(vae, data.images) == pytest.approx(want, rel=1e-5)
+    assert reconstruction_report(vae, data.images).psnr == pytest.approx(want, rel=1e-5)
     with torch.no_grad():
         means, deviations = encode_all(vae, data.images, batch=2)
         posterior = vae.encode(to_model(data.images[2:]))
@@ -362,6 +364,11 @@ def test_psnr_and_encoding_of_a_known_autoencoder() -> None:
         (("hinted = 0.5", 'objective = { timesteps = "logit_normal" }'), "timesteps", "loss_second_moment"),
         (("threads = 1", "side = 64"), "side", "128"),
         (("threads = 1", 'data = "pictures"'), "text.fit", "absent with data"),
+        (("crop = 32", 'kind = "vae"'), "autoencoder.kind", "kl, vq"),
+        (("crop = 32", "attention_levels = [2]"), "autoencoder.attention_levels", "levels 0 to 1"),
+        (("crop = 32", 'lpips = "lpips.safetensors"'), "autoencoder.lpips", "perceptual"),
+        (("crop = 32", "adversary = { start = 0 }"), "autoencoder.decoder", "adversary"),
+        (("crop = 32", 'adversary = { start = 0, loss = "hing" }'), "autoencoder.adversary.loss", "hinge"),
     ],
 )
 def test_a_bad_configuration_names_the_key(
