@@ -1,4 +1,4 @@
-"""The papers' findings on small nets: the whole chain on a tiny world, its statistics, its bars, its command."""
+"""The papers' findings on small nets: the whole chain on a tiny world, statistics, bars, the command."""
 
 from __future__ import annotations
 
@@ -90,19 +90,20 @@ def test_nets_are_small_and_budgets_equal() -> None:
     for factor in FACTORS:
         for objective in nets.OBJECTIVES:
             model = Model(factor, objective)
-            net = Denoiser(settings, model)
+            with torch.device("meta"):
+                net = Denoiser(settings, model)
             assert sum(p.numel() for p in net.parameters()) <= 1.5e6
             batch, flops = settings.shape(factor).batch, nets.diffusion_flops(settings, model)
             spent = 3 * flops * batch * nets.steps_of(settings.diffusion_flops, flops, batch)
             assert spent == pytest.approx(settings.diffusion_flops, rel=1e-3)
 
 
-def test_flops_of_a_convolution_are_counted() -> None:
-    """The net at f = 32 is nothing but 2 x 2 latents; conv_in alone has 2 · 4 · 9 · 16 · 64 of them."""
+def test_flops_are_counted() -> None:
+    """An autoencoder of four times the pixels costs four times as much; conv_in alone has 2 · 4 · 9 · 16 · 64."""
     assert nets.diffusion_flops(Settings(), Model(32)) > 2 * 4 * 9 * 16 * 64
-    wide = replace(TINY, side=64)
-    ratio = nets.diffusion_flops(wide, Model(1)) / nets.diffusion_flops(TINY, Model(1))
-    assert 3.5 < ratio < 6  # four times the pixels; attention grows faster, embeddings not at all
+    for quantised in (False, True):
+        one = nets.autoencoder_flops(TINY, 4, quantised)
+        assert nets.autoencoder_flops(replace(TINY, side=64), 4, quantised) == 4 * one > 0
 
 
 def test_the_world_is_the_same_each_time_and_has_every_class() -> None:
@@ -178,7 +179,6 @@ def test_seconds_before_an_interruption_count(
     clock = iter([0.0, 5.0, 10.0, 12.0])
     monkeypatch.setattr("fastldm.bench.reproduction.cells.time.perf_counter", lambda: next(clock))
     kept, cell = results(tmp_path), Train(Model(), 0)
-    measure = Train.measure
 
     def stopped(self: Train, lab: Lab) -> dict[str, object]:
         raise OutOfTime
@@ -187,7 +187,7 @@ def test_seconds_before_an_interruption_count(
     with pytest.raises(OutOfTime):
         cells.run([cell], lab, kept, lambda: FACTS)
     monkeypatch.setattr(Train, "measure", lambda self, lab: {"steps": 1})
-    assert measure is not None and cells.run([cell], lab, kept, lambda: FACTS) == []
+    assert cells.run([cell], lab, kept, lambda: FACTS) == []
     assert kept.rows[0]["seconds"] == 7.0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -85,6 +86,7 @@ def new_autoencoder(settings: Settings, factor: int, quantised: bool, seed: int)
     return channels_last(AutoencoderKL(config))
 
 
+@cache
 def diffusion_flops(settings: Settings, model: Model) -> int:
     """Of one row through the net once, on the meta device."""
     with torch.device("meta"):
@@ -98,6 +100,7 @@ def diffusion_flops(settings: Settings, model: Model) -> int:
     return counter.get_total_flops()
 
 
+@cache
 def autoencoder_flops(settings: Settings, factor: int, quantised: bool) -> int:
     """Of one picture there and back."""
     config = settings.autoencoder(factor, quantised)
