@@ -99,7 +99,7 @@ def test_nets_are_small_and_budgets_equal() -> None:
 
 
 def test_flops_are_counted() -> None:
-    """An autoencoder of four times the pixels costs four times as much; conv_in alone has 2 · 4 · 9 · 16 · 64."""
+    """Four times the pixels cost an autoencoder four times as much; conv_in has 2 · 4 · 9 · 16 · 64."""
     assert nets.diffusion_flops(Settings(), Model(32)) > 2 * 4 * 9 * 16 * 64
     for quantised in (False, True):
         one = nets.autoencoder_flops(TINY, 4, quantised)
@@ -314,6 +314,12 @@ def test_each_plan_trains_before_it_asks() -> None:
     assert {cell.model.factor for cell in plan("ddim", 1, True) if isinstance(cell, Sample)} == {1}
 
 
+def test_all_tables_fit_into_four_hours_of_two_cores() -> None:
+    wanted = dict.fromkeys(cell for name in TABLES for cell in plan(name, 3))
+    spent = [command.seconds(cell, threads=2) for cell in wanted]
+    assert max(spent) <= 600 and sum(spent) <= 4 * 3600
+
+
 @pytest.fixture
 def here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, reader: Judge) -> Path:
     """An empty folder, the tiny world, and a judge's file in it."""
@@ -338,6 +344,14 @@ def test_the_command(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert picture.width == 1200
     assert cli.main([*asked, "--dry-run"]) == 0
     assert "0 of 7 cells are missing" in capsys.readouterr().out
+
+
+def test_costs_are_told_without_a_judge(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(command, "WEIGHTS", here / "none")
+    assert cli.main(["bench", "ddim", "--json", "r.json", "--dry-run"]) == 0
+    assert "30 of 30 cells are missing" in capsys.readouterr().out
 
 
 def test_ctrl_c_keeps_the_rows(
@@ -368,6 +382,7 @@ def test_ctrl_c_keeps_the_rows(
         (["ddim", "--json", "none/x.json"], "json='none/x.json': allowed is a file in a folder that exists"),
         (["ddim", "--plot", "."], "plot='.'"),
         (["ddim", "--json", "r.json", "--judge", "none"], "none: cannot be read"),
+        (["ddim", "--json", "r.json", "--judge", "none", "--dry-run"], "none: cannot be read"),
         (["ddim", "--json", "judge.safetensors", "--judge", "judge.safetensors"], "holds no rows"),
     ],
     ids=lambda given: "-".join(given) if isinstance(given, list) else "",

@@ -60,7 +60,8 @@ def run(
             raise InvalidArgument(name, str(path), "a file in a folder that exists")
     wanted = plan(table, seeds, pixel)
     if dry_run:
-        results = Results.open(file, SETTINGS.digest(), judge_hash(judge))
+        known = judge is not None or WEIGHTS.exists()  # no row is of a judge that is not there
+        results = Results.open(file, SETTINGS.digest(), judge_hash(judge) if known else "")
         print(estimated(wanted, results))
         return
     reader = Judge.load(judge)
@@ -95,22 +96,25 @@ def judge_hash(path: str | os.PathLike[str] | None) -> str:
         raise CheckpointError(file, None, f"cannot be read: {error.strerror}") from None
 
 
+def seconds(cell: Cell, threads: int) -> float:
+    """What a cell takes, about, on so many cores."""
+    training, evaluation = cell.flops(SETTINGS)
+    return (training / TRAINING + evaluation / EVALUATION) / threads
+
+
 def estimated(wanted: Sequence[Cell], results: Results) -> str:
     """What the missing cells cost on this many threads: floating-point operations and time."""
-    todo = cells.missing(wanted, results)
-    threads = torch.get_num_threads()
-    lines, total = [], 0.0
+    todo, threads = cells.missing(wanted, results), torch.get_num_threads()
+    lines = []
     for name in dict.fromkeys(cell.name for cell in todo):
         same = [cell for cell in todo if cell.name == name]
-        training, evaluation = same[0].flops(SETTINGS)
-        seconds = (training / TRAINING + evaluation / EVALUATION) / threads
-        total += seconds * len(same)
-        each = f"{(training + evaluation) / 1e12:6.1f} TFLOP, {seconds / 60:5.1f} min"
-        lines.append(f"  {name:44} {each} each, seeds {', '.join(str(cell.seed) for cell in same)}")
-    per_core = f"{TRAINING / 1e9:g} GFLOP/s a core in training, {EVALUATION / 1e9:g} in evaluation"
-    lines.append(f"  {len(todo)} of {len(wanted)} cells are missing: about {total / 60:.0f} minutes on")
-    lines[-1] += f" {threads} threads ({per_core})"
-    return "\n".join(lines)
+        flops, minutes = sum(same[0].flops(SETTINGS)), seconds(same[0], threads) / 60
+        seeds = ", ".join(str(cell.seed) for cell in same)
+        lines.append(f"  {name:44} {flops / 1e12:6.1f} TFLOP, {minutes:5.1f} min each, seeds {seeds}")
+    total = sum(seconds(cell, threads) for cell in todo) / 60
+    rates = f"{TRAINING / 1e9:g} GFLOP/s a core in training, {EVALUATION / 1e9:g} in evaluation"
+    said = f"{len(todo)} of {len(wanted)} cells are missing: about {total:.0f} minutes on {threads} threads"
+    return "\n".join([*lines, f"  {said} ({rates})"])
 
 
 def _facts() -> dict[str, Any]:
