@@ -61,7 +61,7 @@ def reader() -> Judge:
 
 @pytest.fixture
 def lab(reader: Judge, tmp_path: Path) -> Lab:
-    return Lab(TINY, tmp_path / "runs", reader, lambda text: None)
+    return Lab(TINY, tmp_path / "runs", reader, "judge", lambda text: None)
 
 
 def long(settings: Settings, steps: int) -> Settings:
@@ -142,7 +142,7 @@ def test_every_table_from_nothing_to_a_plot(lab: Lab, tmp_path: Path) -> None:
     )
     assert Results.open(kept.file, TINY.digest(), "judge").rows == kept.rows
     assert cells.missing(wanted, Results.open(kept.file, TINY.digest(), "another")) == wanted
-    assert not list(lab.folder.glob("* *.pt"))  # no samples are left over
+    assert not list(lab.judged.glob("*.pt"))  # no samples are left over
 
 
 def test_work_that_is_stopped_goes_on_to_the_same_bits(reader: Judge, tmp_path: Path) -> None:
@@ -153,7 +153,7 @@ def test_work_that_is_stopped_goes_on_to_the_same_bits(reader: Judge, tmp_path: 
         """Stopped at every so many looks at the clock; the features, and how often it was stopped."""
         stops = 0
         while True:
-            lab, looks = Lab(settings, tmp_path / folder, reader, lambda text: None), 0
+            lab, looks = Lab(settings, tmp_path / folder, reader, "judge", lambda text: None), 0
 
             def look() -> None:
                 nonlocal looks
@@ -189,6 +189,7 @@ def test_seconds_before_an_interruption_count(
     monkeypatch.setattr(Train, "measure", lambda self, lab: {"steps": 1})
     assert cells.run([cell], lab, kept, lambda: FACTS) == []
     assert kept.rows[0]["seconds"] == 7.0
+    assert json.loads((lab.judged / "seconds.json").read_text()) == {}
 
 
 def test_a_broken_cell_leaves_the_file_and_the_others_go_on(

@@ -189,7 +189,7 @@ def run(
     for number, cell in enumerate(todo, 1):
         lab.check_time()
         lab.say(f"cell {number} of {len(todo)}: {cell.name}, seed {cell.seed}")
-        spent = _Stopwatch(lab.folder / "seconds.json", f"{cell.name}, seed {cell.seed}")
+        spent = _Stopwatch(lab.judged / "seconds.json", f"{cell.name}, seed {cell.seed}")
         try:
             with spent:
                 numbers = cell.measure(lab)
@@ -198,6 +198,7 @@ def run(
             lab.say(f"failed: {failed[-1]}")
             continue
         results.add(cell, {**numbers, "seconds": round(spent.total, 1), **facts()})
+        spent.forget()
     return failed
 
 
@@ -211,8 +212,18 @@ class _Stopwatch:
         self.began = time.perf_counter()
 
     def __exit__(self, *_: object) -> None:
-        kept = json.loads(self.file.read_text()) if self.file.exists() else {}
+        kept = self._kept()
         self.total = kept.get(self.name, 0.0) + time.perf_counter() - self.began
+        self._keep(kept | {self.name: self.total})
+
+    def forget(self) -> None:
+        """The total stands elsewhere; another time begins at 0."""
+        self._keep({name: total for name, total in self._kept().items() if name != self.name})
+
+    def _kept(self) -> dict[str, float]:
+        return json.loads(self.file.read_text()) if self.file.exists() else {}
+
+    def _keep(self, totals: Mapping[str, float]) -> None:
         self.file.parent.mkdir(parents=True, exist_ok=True)
         with replacing(self.file) as temporary:
-            temporary.write_text(json.dumps(kept | {self.name: self.total}))
+            temporary.write_text(json.dumps(totals))

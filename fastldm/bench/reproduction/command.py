@@ -66,7 +66,7 @@ def run(
         return
     reader = Judge.load(judge)
     results = Results.open(file, SETTINGS.digest(), judge_hash(judge))
-    lab = Lab(SETTINGS, WORKSHOP, reader, _say, time.monotonic() + deadline)
+    lab = Lab(SETTINGS, WORKSHOP, reader, results.judge, _say, time.monotonic() + deadline)
     failed: list[str] = []
     try:
         failed = cells.run(wanted, lab, results, _facts)

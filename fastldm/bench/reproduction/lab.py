@@ -63,18 +63,23 @@ class Samples:
 
 
 class Lab:
-    """One reproduction at work. `deadline`: of time.monotonic, at which work raises OutOfTime."""
+    """One reproduction at work, in its folder: weights, and for each judge the samples it is at.
+
+    judge_name: what tells judges apart. deadline: of time.monotonic, at which work raises OutOfTime.
+    """
 
     def __init__(
         self,
         settings: Settings,
         folder: Path,
         judge: Judge,
+        judge_name: str,
         say: Callable[[str], None],
         deadline: float = float("inf"),
     ) -> None:
         self.settings, self.judge, self.say, self.deadline = settings, judge, say, deadline
         self.folder = folder / settings.digest()
+        self.judged = self.folder / judge_name
         self._latents: tuple[tuple[int, int], tuple[Tensor, Tensor, float]] | None = None
 
     def check_time(self) -> None:
@@ -191,7 +196,7 @@ class Lab:
         The net runs in bfloat16, its steps in float32. Batch b draws from the generator of (seed, b), and is
         kept when it is done. The seconds are those of sampling and decoding, not of judging.
         """
-        settings, file = self.settings, self.folder / f"{model.name}-seed{seed} {sampling.name}.pt"
+        settings, file = self.settings, self.judged / f"{model.name}-seed{seed} {sampling.name}.pt"
         kept: dict[str, Any] = {"features": [], "right": [], "seconds": 0.0}
         if file.exists():
             kept = torch.load(file, weights_only=True)
@@ -207,6 +212,7 @@ class Lab:
             large = enlarged(images)
             kept["features"].append(self.judge.features(large))
             kept["right"].append(self._right(large, part))
+            file.parent.mkdir(parents=True, exist_ok=True)
             with replacing(file) as temporary:
                 torch.save(kept, temporary)
         file.unlink(missing_ok=True)
