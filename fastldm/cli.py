@@ -21,6 +21,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn, TypeAlias
 
 import fastldm
+from fastldm.bench import options as bench_options
 from fastldm.errors import FastLDMError, InvalidArgument
 
 Facts: TypeAlias = Mapping[str, Any]
@@ -33,7 +34,6 @@ CONFIG_HELP = "of a single file: a JSON file, a diffusers folder, v_prediction o
 TOKENIZER_HELP = "a tokenizer folder or tokenizer.json"
 SHORTCUTS = "guidance_interval whole_every".split()
 LOADING = "model device dtype config tokenizer backends offload_text_encoder".split()
-RACING, ASKING = set("contenders size batch rounds minutes plot".split()), {"every", "guidance", "judge"}
 CHECKED_PATHS = 4096  # more images than this are refused by the memory limit
 
 
@@ -153,19 +153,10 @@ def doctor(options: dict[str, Any]) -> int:
 
 
 def bench(options: dict[str, Any]) -> None:
-    """Race a model against diffusers and torch.compile on this machine; or `scenes`: what it can draw."""
-    from fastldm.bench import command, scenes
-
-    parts = options.pop("parts", [])
-    alone = parts == ["scenes"]
-    if "scenes" in parts and not alone:
-        raise InvalidArgument("part", " ".join(parts), "scenes alone, or parts of a race")
-    for name in options.keys() & (RACING if alone else ASKING):
-        raise InvalidArgument(name, options[name], f"only {'in a race' if alone else 'with scenes'}")
-    if alone:
-        scenes.run(**options)
-    else:
-        command.run(parts=parts, **options)
+    """Race a model against diffusers and torch.compile on this machine; or what it can draw (scenes); or
+    the papers' findings on small nets (ddim, tradeoff, objectives, guidance).
+    """
+    bench_options.run(options)
 
 
 def train(options: dict[str, Any]) -> None:
@@ -341,25 +332,7 @@ def _parser() -> Parser:
 
     command = commands.add_parser("bench", help=bench.__doc__, argument_default=argparse.SUPPRESS)
     command.set_defaults(run=bench)
-    add = command.add_argument
-    add("parts", nargs="*", metavar="PART", help="step, vae, image, cold, growth, memory (all); or scenes")
-    add("--model", metavar="NAME", help="default, sd15, sd21, sdxl-shape (random weights), or a model's path")
-    add("--device", metavar="NAME", help="cpu or cuda (the best there is)")
-    add("--dtype", metavar="NAME", help="fp32, bf16 or fp16 (the device's)")
-    add(
-        "--contenders", metavar="NAMES", help="fastldm,reference,eager,channels-last,compile,max-autotune,..."
-    )
-    add("--steps", type=int, metavar="N", help="of a picture (25)")
-    add("--size", type=int, metavar="PIXELS", help="along a side (the model's)")
-    add("--batch", type=int, metavar="N", help="pictures at once (1)")
-    add("--rounds", type=int, metavar="N", help="at most so many (20)")
-    add("--minutes", type=float, metavar="N", help="of racing, a part (5); 3 rounds at least")
-    add("--json", dest="json_file", metavar="FILE", help="write the tables and the machine")
-    add("--plot", metavar="FILE.png", help="draw them")
-    add = command.add_argument_group("scenes, read by the judge").add_argument
-    add("--every", type=int, metavar="N", help="every N-th of its prompts only (1)")
-    add("--guidance", type=float, metavar="G", help="guidance scale (7.5)")
-    add("--judge", metavar="FILE", help="another judge's weights (the shipped one's)")
+    bench_options.add(command)
 
     command = commands.add_parser("train", help=train.__doc__, argument_default=argparse.SUPPRESS)
     command.set_defaults(run=train)

@@ -27,14 +27,14 @@ COLOURS = (  # of the contenders, in their order
 def draw(tables: Sequence[Table], caption: str) -> Image.Image:
     """One panel a table, below each other; `caption` at the bottom."""
     panels = [_Panel(table) for table in tables]
-    height = MARGIN + sum(panel.height for panel in panels) + MARGIN + 20 * len(_wrapped(caption))
+    height = MARGIN + sum(panel.height for panel in panels) + MARGIN + 20 * len(wrapped(caption))
     picture = Image.new("RGB", (WIDTH, height), PAPER)
     pen, top = ImageDraw.Draw(picture), MARGIN
     for panel in panels:
         panel.draw(pen, top)
         top += panel.height
-    for number, line in enumerate(_wrapped(caption)):
-        pen.text((MARGIN, top + 20 * number), line, fill=FAINT_INK, font=_font(14))
+    for number, line in enumerate(wrapped(caption)):
+        pen.text((MARGIN, top + 20 * number), line, fill=FAINT_INK, font=font(14))
     return picture
 
 
@@ -59,7 +59,7 @@ class _Panel:
 
     def draw(self, pen: ImageDraw.ImageDraw, top: int) -> None:
         """Onto the picture, from this height down."""
-        pen.text((MARGIN, top), self.table.title, fill=INK, font=_font(20))
+        pen.text((MARGIN, top), self.table.title, fill=INK, font=font(20))
         top += 36
         longest = max((row.median for row in self.bars.values() if row.median is not None), default=1.0)
         for name, row in self.bars.items():
@@ -76,11 +76,11 @@ class _Panel:
 
     def _bar(self, pen: ImageDraw.ImageDraw, top: int, name: str, share: float, text: str) -> int:
         left, room = MARGIN + LABEL, WIDTH - 2 * MARGIN - LABEL - 190
-        pen.text((left - 12, top + BAR / 2), name, fill=INK, font=_font(16), anchor="rm")
+        pen.text((left - 12, top + BAR / 2), name, fill=INK, font=font(16), anchor="rm")
         right = left + round(share * room)
         if share > 0:
             pen.rectangle((left, top, right, top + BAR), fill=self.colour(name))
-        pen.text((right + 8, top + BAR / 2), text[:90], fill=INK, font=_font(16), anchor="lm")
+        pen.text((right + 8, top + BAR / 2), text[:90], fill=INK, font=font(16), anchor="lm")
         return top + BAR + GAP
 
     def _lines(self, pen: ImageDraw.ImageDraw, box: tuple[int, int, int, int], what: str) -> None:
@@ -105,23 +105,23 @@ class _Panel:
                 (place(size, math.exp(low_y))[0], bottom + 6),
                 f"{size:g}",
                 fill=INK,
-                font=_font(13),
+                font=font(13),
                 anchor="ma",
             )
         for value in (math.exp(low_y), math.exp(high_y)):
             y = place(math.exp(low_x), value)[1]
-            pen.text((left + 62, y), seconds(value), fill=INK, font=_font(13), anchor="rm")
-        pen.text((left + width, bottom + 24), what, fill=INK, font=_font(16), anchor="ra")
+            pen.text((left + 62, y), seconds(value), fill=INK, font=font(13), anchor="rm")
+        pen.text((left + width, bottom + 24), what, fill=INK, font=font(16), anchor="ra")
         for number, (name, row) in enumerate(rows.items()):
             path, colour = [place(*point) for point in row.curves[what]], self.colour(name)
             pen.line(path, fill=colour, width=3, joint="curve")
             for x, y in path:
                 pen.ellipse((x - 4, y - 4, x + 4, y + 4), fill=colour)
             told = f"{name}: {what}^{row.exponents[what]:.2f}"
-            pen.text((left + 84, top + 20 * number), told, fill=colour, font=_font(14))
+            pen.text((left + 84, top + 20 * number), told, fill=colour, font=font(14))
 
 
-def _wrapped(text: str, most: int = 150) -> list[str]:
+def wrapped(text: str, most: int = 150) -> list[str]:
     lines = [""]
     for word in text.split():
         if len(lines[-1]) + len(word) >= most:
@@ -130,5 +130,5 @@ def _wrapped(text: str, most: int = 150) -> list[str]:
     return lines
 
 
-def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+def font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     return ImageFont.load_default(size)

@@ -1,0 +1,65 @@
+"""The world to learn: a flat object on a plain ground, its kind the class; and renders to compare with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastldm.bench.reproduction.settings import Settings
+from fastldm.scenes import IMAGE_SIZE, KINDS, render, sample_scene
+
+CLASSES = len(KINDS)
+NULL = CLASSES
+"""The class that stands for none."""
+
+_TRAINING, _REFERENCE = 11, 12
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """uint8 [N, side, side, 3], and the index of each one's kind in KINDS, int64 [N]."""
+
+    images: Tensor
+    labels: Tensor
+
+
+@dataclass(frozen=True)
+class World:
+    """Pictures to learn from, and others that no training sees. They are the same for every seed."""
+
+    training: Pictures
+    reference: Pictures
+
+    @classmethod
+    def draw(cls, settings: Settings) -> World:
+        """Kinds in turn, so that each occurs as often as the others."""
+        return cls(
+            pictures(settings.pictures, settings.side, _TRAINING),
+            pictures(settings.samples, settings.side, _REFERENCE),
+        )
+
+
+def pictures(count: int, side: int, seed: int) -> Pictures:
+    """So many scenes rendered, and shrunk to side x side by averaging."""
+    rng = np.random.default_rng(seed)
+    labels = torch.arange(count) % CLASSES
+    scenes = [sample_scene(rng, kind=KINDS[label]) for label in labels.tolist()]
+    return Pictures(torch.stack([shrunk(render(scene).image, side) for scene in scenes]), labels)
+
+
+def shrunk(image: np.ndarray, side: int) -> Tensor:
+    """A square picture uint8 [n * side, n * side, 3] averaged over n x n pixels, rounded."""
+    n = len(image) // side
+    blocks = image.reshape(side, n, side, n, 3).astype(np.float64).mean(axis=(1, 3))
+    return torch.from_numpy(np.floor(blocks + 0.5).astype(np.uint8))
+
+
+def enlarged(images: Tensor) -> Tensor:
+    """Pictures uint8 [N, side, side, 3] at the size that the judge reads, bilinear."""
+    pixels = images.permute(0, 3, 1, 2).float()
+    large = F.interpolate(pixels, (IMAGE_SIZE, IMAGE_SIZE), mode="bilinear", align_corners=False)
+    return large.round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
