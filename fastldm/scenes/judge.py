@@ -35,7 +35,9 @@ MIN_HEAT = 0.4
 """Chance from which there is an object."""
 
 MIN_CHANCE = 0.6
-"""Chance from which a kind or a colour is named."""
+"""Chance from which a kind or a colour is named. At 0.6, 0.8 and 0.9 the judge reads 99.7, 99.3 and 98.3 % of
+the objects of the hardest style, and takes 21, 15 and 11 % of fades between two kinds for one of them.
+"""
 
 _BATCH = 32
 

@@ -78,7 +78,7 @@ class Double:
         return Image.fromarray(render(draw_scene(rng)).image)
 
 
-def measured(monkeypatch: pytest.MonkeyPatch, pipe: Double, every: int = 5) -> scenes.Report:
+def measured(monkeypatch: pytest.MonkeyPatch, pipe: Double, every: int = 10) -> scenes.Report:
     monkeypatch.setattr("fastldm.api.load", lambda model, **options: pipe)
     return scenes.measure(every=every, guidance=3.0)
 
@@ -86,7 +86,7 @@ def measured(monkeypatch: pytest.MonkeyPatch, pipe: Double, every: int = 5) -> s
 def test_who_draws_what_is_asked_has_full_marks(judge: Judge, monkeypatch: pytest.MonkeyPatch) -> None:
     report = measured(monkeypatch, Double())
     print(report)
-    assert list(report.categories) == list(CATEGORIES) and report.pictures == 20
+    assert list(report.categories) == list(CATEGORIES) and report.pictures == 10
     assert min(report.categories.values()) >= 0.9 and report.overall >= 0.97
     assert report.overall == pytest.approx(sum(report.categories[name] for name in GENEVAL) / 6)
     assert 0 < report.distance < 2 * report.floor  # renders too, of as many pictures
