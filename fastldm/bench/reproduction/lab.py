@@ -15,7 +15,7 @@ from torch import Tensor
 from fastldm.bench.reproduction import nets
 from fastldm.bench.reproduction.nets import OBJECTIVES, Denoiser, Model
 from fastldm.bench.reproduction.settings import Settings
-from fastldm.bench.reproduction.world import NULL, World, enlarged
+from fastldm.bench.reproduction.world import NULL, World, enlarged, pictures
 from fastldm.checkpoint.atomic import replacing
 from fastldm.diffusion import Chain, Criterion, bits_per_dimension, build_table, sample, unit_noise
 from fastldm.models.vae import AutoencoderKL
@@ -29,6 +29,7 @@ from fastldm.training.reconstruction import psnr, to_pixels
 
 KL_WEIGHT = 1e-6
 SAVES = 20  # of a training run
+_RENDERS = 100
 
 
 class OutOfTime(Exception):
@@ -95,6 +96,14 @@ class Lab:
     def reference(self) -> Tensor:
         """The features of renders that samples are held against."""
         return self.judge.features(enlarged(self.world.reference.images))
+
+    def renders(self, seed: int) -> tuple[Tensor, Tensor]:
+        """Features of as many renders more, another set for each seed, and whether their kind is read: what a
+        perfect model would draw.
+        """
+        more = pictures(self.settings.samples, self.settings.side, _RENDERS + seed)
+        large = enlarged(more.images)
+        return self.judge.features(large), self._right(large, more.labels)
 
     def autoencoder(self, factor: int, seed: int, quantised: bool = False) -> AutoencoderKL | VQModel:
         """Trained from a seed, or as it was kept."""
