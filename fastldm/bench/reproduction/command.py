@@ -46,8 +46,8 @@ def run(
 ) -> None:
     """Run the missing cells of a table until the minutes are up (None: all), then print it from the file.
 
-    Ctrl-C keeps what is done, prints the table, and goes through. InvalidArgument before any work; FastLDMError at the
-    end where a cell failed.
+    Ctrl-C keeps what is done, prints the table, and goes through. InvalidArgument before any work;
+    FastLDMError at the end where a cell failed.
     """
     checks.choice("part", table, tuple(TABLES))
     deadline = math.inf if minutes is None else checks.number("minutes", minutes, 0.0, 1e6) * 60
