@@ -273,7 +273,8 @@ def test_precision_and_recall_of_sets_made_by_hand() -> None:
 
 
 def test_a_table_holds_its_rows_to_the_bars(tmp_path: Path) -> None:
-    rows = {}
+    rows: dict[tuple[str, int], dict[str, object]]
+    rows = {("renders", seed): {"distance": 1.0} for seed in range(3)}
     for steps, distance in zip(STEPS, (30.0, 15.0, 11.0, 10.0), strict=True):
         for seed in range(3):
             for eta, factor in ((0, 1.0), (1, 2.0)):
