@@ -18,7 +18,7 @@ from fastldm.bench.reproduction.settings import Settings
 from fastldm.bench.reproduction.statistics import precision_recall
 from fastldm.checkpoint.atomic import replacing
 from fastldm.errors import CheckpointError, FastLDMError
-from fastldm.scenes.marks import frechet_distance
+from fastldm.training.reconstruction import frechet_distance
 
 Row = Mapping[str, Any]
 
