@@ -34,8 +34,18 @@ def add(command: argparse.ArgumentParser) -> None:
     add("--size", type=int, metavar="PIXELS", help="along a side (the model's)")
     add("--batch", type=int, metavar="N", help="pictures at once (1)")
     add("--rounds", type=int, metavar="N", help="at most so many (20)")
-    add("--minutes", type=float, metavar="N", help="of racing, a part (5), 3 rounds at least; of a findings")
-    add("--json", dest="json_file", metavar="FILE", help="write the tables and the machine")
+    add(
+        "--minutes",
+        type=float,
+        metavar="N",
+        help="of racing, a part (5), 3 rounds at least; or of measuring (all)",
+    )
+    add(
+        "--json",
+        dest="json_file",
+        metavar="FILE",
+        help="write the tables and the machine; or where rows are kept",
+    )
     add("--plot", metavar="FILE.png", help="draw them")
     add = command.add_argument_group("scenes, read by the judge").add_argument
     add("--every", type=int, metavar="N", help="every N-th of its prompts only (1)")

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastldm import cli
 from fastldm.bench.reproduction import cells, command, nets
-from fastldm.bench.reproduction.cells import Bits, Reconstruct, Results, Sample, Train
+from fastldm.bench.reproduction.cells import Bits, Reconstruct, Renders, Results, Sample, Train
 from fastldm.bench.reproduction.lab import Lab, OutOfTime, Sampling
 from fastldm.bench.reproduction.nets import Denoiser, Model
 from fastldm.bench.reproduction.settings import FACTORS, Settings, Shape
@@ -273,7 +273,8 @@ def test_precision_and_recall_of_sets_made_by_hand() -> None:
 
 
 def test_a_table_holds_its_rows_to_the_bars(tmp_path: Path) -> None:
-    rows = {}
+    rows: dict[tuple[str, int], dict[str, object]]
+    rows = {("renders", seed): {"distance": 1.0} for seed in range(3)}
     for steps, distance in zip(STEPS, (30.0, 15.0, 11.0, 10.0), strict=True):
         for seed in range(3):
             for eta, factor in ((0, 1.0), (1, 2.0)):
@@ -321,6 +322,12 @@ def test_all_tables_fit_into_four_hours_of_two_cores() -> None:
     assert max(spent) <= 600 and sum(spent) <= 4 * 3600
 
 
+def test_renders_are_what_a_perfect_model_draws(lab: Lab) -> None:
+    one, other = Renders(0).measure(lab), Renders(1).measure(lab)
+    assert one != other and 0 < one["distance"] < float("inf")
+    assert not torch.equal(lab.renders(0)[0], lab.reference)
+
+
 @pytest.fixture
 def here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, reader: Judge) -> Path:
     """An empty folder, the tiny world, and a judge's file in it."""
@@ -335,16 +342,16 @@ def test_the_command(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     asked = ["bench", "guidance", "--seeds", "1", "--json", "r.json", "--judge", "judge.safetensors"]
     assert cli.main([*asked, "--dry-run"]) == 0
     said = capsys.readouterr().out
-    assert "7 of 7 cells are missing: about 0 minutes" in said and not (here / "r.json").exists()
+    assert "8 of 8 cells are missing: about 0 minutes" in said and not (here / "r.json").exists()
     assert cli.main([*asked, "--minutes", "0"]) == 0
     captured = capsys.readouterr()
-    assert "the minutes are up" in captured.err and "0 of 7 cells" in captured.out
+    assert "the minutes are up" in captured.err and "0 of 8 cells" in captured.out
     assert cli.main([*asked, "--plot", "p.png"]) == 0
-    assert "7 of 7 cells, from r.json" in capsys.readouterr().out
+    assert "8 of 8 cells, from r.json" in capsys.readouterr().out
     with Image.open("p.png") as picture:
         assert picture.width == 1200
     assert cli.main([*asked, "--dry-run"]) == 0
-    assert "0 of 7 cells are missing" in capsys.readouterr().out
+    assert "0 of 8 cells are missing" in capsys.readouterr().out
 
 
 def test_costs_are_told_without_a_judge(
@@ -352,7 +359,7 @@ def test_costs_are_told_without_a_judge(
 ) -> None:
     monkeypatch.setattr(command, "WEIGHTS", here / "none")
     assert cli.main(["bench", "ddim", "--json", "r.json", "--dry-run"]) == 0
-    assert "30 of 30 cells are missing" in capsys.readouterr().out
+    assert "33 of 33 cells are missing" in capsys.readouterr().out
 
 
 def test_ctrl_c_keeps_the_rows(
@@ -363,12 +370,10 @@ def test_ctrl_c_keeps_the_rows(
 
     monkeypatch.setattr(Sample, "measure", stopped)
     asked = ["bench", "guidance", "--seeds", "1", "--json", "r.json", "--judge", "judge.safetensors"]
-    assert cli.main(asked) == 0
-    assert "2 of 7 cells" in capsys.readouterr().out
-    assert [row["cell"] for row in json.loads((here / "r.json").read_text())["rows"]] == [
-        "kl-f4",
-        "f4-simple train",
-    ]
+    assert cli.main(asked) == 130
+    assert "3 of 8 cells" in capsys.readouterr().out
+    names = [row["cell"] for row in json.loads((here / "r.json").read_text())["rows"]]
+    assert names == ["renders", "kl-f4", "f4-simple train"]
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from torch import Tensor
+
 from fastldm.bench.reproduction import nets
 from fastldm.bench.reproduction.lab import Lab, Sampling
 from fastldm.bench.reproduction.nets import Model
@@ -97,14 +99,22 @@ class Sample:
 
     def measure(self, lab: Lab) -> dict[str, Any]:
         made = lab.samples(self.model, self.sampling, self.seed)
-        precision, recall = precision_recall(lab.reference, made.features)
-        return {
-            "distance": frechet_distance(lab.reference, made.features),
-            "precision": precision,
-            "recall": recall,
-            "accuracy": float(made.right.mean()),
-            "pictures_a_second": len(made.features) / made.seconds,
-        }
+        compared = _compared(lab.reference, made.features, made.right)
+        return compared | {"pictures_a_second": len(made.features) / made.seconds}
+
+
+@dataclass(frozen=True)
+class Renders:
+    """Renders measured like samples: what a perfect model would reach, and how well the judge reads."""
+
+    seed: int
+    name: str = "renders"
+
+    def flops(self, settings: Settings) -> tuple[float, float]:
+        return 0.0, 0.0
+
+    def measure(self, lab: Lab) -> dict[str, Any]:
+        return _compared(lab.reference, *lab.renders(self.seed))
 
 
 @dataclass(frozen=True)
@@ -169,6 +179,16 @@ def _read(file: Path) -> list[Row]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(file, None, f"holds no rows of a reproduction: {error}") from None
     return list(rows)
+
+
+def _compared(reference: Tensor, features: Tensor, right: Tensor) -> dict[str, float]:
+    precision, recall = precision_recall(reference, features)
+    return {
+        "distance": frechet_distance(reference, features),
+        "precision": precision,
+        "recall": recall,
+        "accuracy": float(right.mean()),
+    }
 
 
 def missing(cells: Iterable[Cell], results: Results) -> list[Cell]:

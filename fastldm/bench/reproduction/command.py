@@ -46,8 +46,8 @@ def run(
 ) -> None:
     """Run the missing cells of a table until the minutes are up (None: all), then print it from the file.
 
-    Ctrl-C keeps what is done, and prints the table too. InvalidArgument before any work; FastLDMError at the
-    end where a cell failed.
+    Ctrl-C keeps what is done, prints the table, and goes through. InvalidArgument before any work;
+    FastLDMError at the end where a cell failed.
     """
     checks.choice("part", table, tuple(TABLES))
     deadline = math.inf if minutes is None else checks.number("minutes", minutes, 0.0, 1e6) * 60
@@ -68,11 +68,13 @@ def run(
     results = Results.open(file, SETTINGS.digest(), judge_hash(judge))
     lab = Lab(SETTINGS, WORKSHOP, reader, results.judge, _say, time.monotonic() + deadline)
     failed: list[str] = []
+    interrupted = None
     try:
         failed = cells.run(wanted, lab, results, _facts)
     except OutOfTime:
         _say("the minutes are up; what was reached is kept")
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
+        interrupted = error
         _say("stopped; what was reached is kept")
     found = TABLES[table](Found(results, seeds), pixel)
     print(found)
@@ -83,6 +85,8 @@ def run(
     if plot is not None:
         headline = machine.headline(machine.describe())
         write_files({Path(plot): encode_png(draw(found.panels, headline))})
+    if interrupted is not None:
+        raise interrupted
     if failed:
         raise FastLDMError(f"{len(failed)} cells failed: {'; '.join(failed)}")
 

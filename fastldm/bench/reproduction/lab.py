@@ -15,20 +15,27 @@ from torch import Tensor
 from fastldm.bench.reproduction import nets
 from fastldm.bench.reproduction.nets import OBJECTIVES, Denoiser, Model
 from fastldm.bench.reproduction.settings import Settings
-from fastldm.bench.reproduction.world import NULL, World, enlarged
+from fastldm.bench.reproduction.world import NULL, World, enlarged, pictures
 from fastldm.checkpoint.atomic import replacing
 from fastldm.diffusion import Chain, Criterion, bits_per_dimension, build_table, sample, unit_noise
 from fastldm.models.vae import AutoencoderKL
 from fastldm.models.vq import VQModel
 from fastldm.scenes import KINDS
 from fastldm.scenes.judge import Judge
-from fastldm.training.autoencoder import encode_all, reconstruction_loss
+from fastldm.training.autoencoder import encode_all
 from fastldm.training.data import to_model
 from fastldm.training.fit import FitSettings, fit
 from fastldm.training.reconstruction import psnr, to_pixels
 
 KL_WEIGHT = 1e-6
 SAVES = 20  # of a training run
+_RENDERS = 100
+
+
+def reconstruction_loss(images: Tensor, decoded: Tensor) -> Tensor:
+    """mean |x − x̂| + mean (x − x̂)², in float32."""
+    error = images - decoded.float()
+    return error.abs().mean() + error.square().mean()
 
 
 class OutOfTime(Exception):
@@ -95,6 +102,14 @@ class Lab:
     def reference(self) -> Tensor:
         """The features of renders that samples are held against."""
         return self.judge.features(enlarged(self.world.reference.images))
+
+    def renders(self, seed: int) -> tuple[Tensor, Tensor]:
+        """Features of as many renders more, another set for each seed, and whether their kind is read: what a
+        perfect model would draw.
+        """
+        more = pictures(self.settings.samples, self.settings.side, _RENDERS + seed)
+        large = enlarged(more.images)
+        return self.judge.features(large), self._right(large, more.labels)
 
     def autoencoder(self, factor: int, seed: int, quantised: bool = False) -> AutoencoderKL | VQModel:
         """Trained from a seed, or as it was kept."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
-from fastldm.bench.reproduction.cells import Bits, Cell, Reconstruct, Results, Sample, Train
+from fastldm.bench.reproduction.cells import Bits, Cell, Reconstruct, Renders, Results, Sample, Train
 from fastldm.bench.reproduction.lab import Sampling
 from fastldm.bench.reproduction.nets import OBJECTIVES, Model
 from fastldm.bench.reproduction.settings import FACTORS
@@ -110,9 +110,12 @@ def ddim(found: Found, pixel: bool) -> Table:
         return sampled(model, steps, eta=eta)
 
     rows = [(f"eta {eta:g}", *(found.text(cell(steps, eta), "distance") for steps in STEPS)) for eta in ETAS]
+    rows.append(("renders", found.text(Renders(0), "distance"), *("" for _ in STEPS[1:])))
     bars = [
         Bar(
-            f"1: eta 0, distance at {steps} steps / at {STEPS[-1]}", found.ratio(cell(steps), cell(250)), most
+            f"1: eta 0, distance at {steps} steps / at {STEPS[-1]}",
+            found.ratio(cell(steps), cell(STEPS[-1])),
+            most,
         )
         for steps, most in ((50, 1.2), (20, 1.75), (10, 3.5))
     ]
@@ -145,6 +148,7 @@ def tradeoff(found: Found, pixel: bool) -> Table:
         )
         for factor, cell in at.items()
     ]
+    rows.append(("renders", found.text(Renders(0), "distance"), "", "", ""))
     middle = [at[4], at[8]]
     speed = found.ratio(at[4], at[1], "pictures_a_second")
     bars = [
@@ -176,6 +180,7 @@ def objectives(found: Found, pixel: bool) -> Table:
         bits = found.text(Bits(Model(1, model.objective), 0), "bits") if label in PIXELS else ""
         rows.append((label, *(found.text(cell, "distance") for cell in cells.values()), bits))
         at[label] = cells
+    rows.append(("renders", found.text(Renders(0), "distance"), "", ""))
     nll = {name: Bits(Model(1, name), 0) for name in PIXELS}
     bars = [
         Bar(
@@ -232,6 +237,7 @@ def guidance(found: Found, pixel: bool) -> Table:
     at = {scale: sampled(Model(4), guidance=scale) for scale in SCALES}
     keys = ("distance", "precision", "recall", "accuracy")
     rows = [(f"scale {scale:g}", *(found.text(cell, key) for key in keys)) for scale, cell in at.items()]
+    rows.append(("renders", *(found.text(Renders(0), key) for key in keys)))
     moderate, low, high = [at[1.5], at[2.0]], at[1.0], at[5.0]
     bars = [
         Bar("4: least distance of scales 1.5 and 2 / of 1", found.best_ratio(moderate, low), 1.0),
@@ -260,6 +266,7 @@ def plan(table: str, seeds: int, pixel: bool = False) -> list[Cell]:
     """The cells of a table, a seed after another, each after those that train what it needs."""
     cells: list[Cell] = []
     for seed in range(seeds):
+        cells.append(Renders(seed))
         if table == "ddim":
             measured: list[Cell] = [
                 Sample(ddim_model(pixel), Sampling(steps, eta=eta), seed) for steps in STEPS for eta in ETAS
