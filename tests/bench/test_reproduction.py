@@ -31,7 +31,7 @@ from fastldm.training.data import to_model
 TINY = Settings(
     side=32,
     pictures=16,
-    samples=6,
+    samples=4,
     sample_batch=4,
     bound_pictures=3,
     bound_batch=2,
@@ -68,6 +68,7 @@ def long(settings: Settings, steps: int) -> Settings:
     """Budgets that pay for so many steps at f = 4."""
     one = nets.diffusion_flops(settings, Model()) * 3 * 2
     vae = nets.autoencoder_flops(settings, 4, False) * 3 * 2
+    settings = replace(settings, sample_batch=2)
     return replace(settings, diffusion_flops=float(steps * one), autoencoder_flops=float(steps * vae))
 
 
@@ -111,7 +112,7 @@ def test_the_world_is_the_same_each_time_and_has_every_class() -> None:
     assert torch.equal(one.training.images, other.training.images)
     assert one.training.images.shape == (16, 32, 32, 3) and one.training.images.dtype == torch.uint8
     assert one.training.labels.tolist() == list(range(len(KINDS)))
-    assert not torch.equal(one.training.images[:6], one.reference.images)
+    assert not torch.equal(one.training.images[:4], one.reference.images)
     assert torch.equal(pictures(3, 32, 5).images, pictures(4, 32, 5).images[:3])
 
 
@@ -211,7 +212,7 @@ def test_a_broken_cell_leaves_the_file_and_the_others_go_on(
     assert len(failed) == 1 and [row["cell"] for row in kept.rows] == ["kl-f4", "kl-f32"]
     before = kept.file.read_bytes()
     failed = cells.run([Reconstruct(32, False, 1)], lab, kept, lambda: FACTS)
-    assert len(failed) == 1 and "nan" in failed[0] and kept.file.read_bytes() == before
+    assert len(failed) == 1 and "psnr: NaN or Inf" in failed[0] and kept.file.read_bytes() == before
 
 
 def test_the_bound_is_that_of_all_pictures_together(lab: Lab) -> None:
@@ -386,7 +387,7 @@ def test_ctrl_c_keeps_the_rows(
         (["ddim", "--minutes", "-1"], "minutes=-1.0"),
         (["ddim", "--rounds", "3"], "rounds=3: allowed is only in a race"),
         (["ddim", "--json", "none/x.json"], "json='none/x.json': allowed is a file in a folder that exists"),
-        (["ddim", "--plot", "."], "plot='.'"),
+        (["ddim", "--json", "r.json", "--plot", "."], "plot='.'"),
         (["ddim", "--json", "r.json", "--judge", "none"], "none: cannot be read"),
         (["ddim", "--json", "r.json", "--judge", "none", "--dry-run"], "none: cannot be read"),
         (["ddim", "--json", "judge.safetensors", "--judge", "judge.safetensors"], "holds no rows"),

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 from torch import Tensor
 
 from fastldm.bench.reproduction import nets
@@ -17,7 +18,7 @@ from fastldm.bench.reproduction.nets import Model
 from fastldm.bench.reproduction.settings import Settings
 from fastldm.bench.reproduction.statistics import precision_recall
 from fastldm.checkpoint.atomic import replacing
-from fastldm.errors import CheckpointError, FastLDMError
+from fastldm.errors import CheckpointError, FastLDMError, NonFiniteOutput
 from fastldm.training.reconstruction import frechet_distance
 
 Row = Mapping[str, Any]
@@ -213,6 +214,9 @@ def run(
         try:
             with spent:
                 numbers = cell.measure(lab)
+                wrong = [name for name, value in numbers.items() if not np.isfinite(value).all()]
+                if wrong:
+                    raise NonFiniteOutput(f"{', '.join(wrong)}: NaN or Inf")
         except FastLDMError as error:
             failed.append(f"{cell.name}, seed {cell.seed}: {error}")
             lab.say(f"failed: {failed[-1]}")
