@@ -100,8 +100,8 @@ class Shapes:
 def family_of(unet: Mapping[str, Any]) -> str:
     """sd1, sd1-inpaint, sd2 or sd2-inpaint, from a UNet's config.json: linear projections came with SD2."""
     base = "sd2" if unet.get("use_linear_projection") else "sd1"
-    inpaints = unet.get("in_channels", 4) == 2 * unet.get("out_channels", 4) + 1
-    return f"{base}-inpaint" if inpaints else base
+    given, latent = unet.get("in_channels", 4), unet.get("out_channels", 4)
+    return f"{base}-inpaint" if isinstance(latent, int) and given == 2 * latent + 1 else base
 
 
 def infer_unet(shapes: Shapes) -> dict[str, Any]:
