@@ -148,7 +148,7 @@ class TrainConfig:
     stage: int = 1  # of the world that they learn
     threads: int = 2
     device: str = "auto"  # or cpu, cuda
-    start: Path | None = None  # a model folder to go on from: its UNet and text encoder learn on
+    start: Path | None = None  # a model folder to go on from; its encoder, and so every latent, stays
     bfloat16: bool = False  # products and convolutions in bfloat16, weights and sums in float32
     tensorboard: bool = False
 

@@ -92,16 +92,17 @@ def first_stages(
     session: Session, folder: FolderData | None
 ) -> tuple[AutoencoderKL | VQModel, Tokenizer, TextToLatents]:
     """The autoencoder and the text encoder, trained or resumed, and a UNet that starts from nothing; or all
-    of them from the model folder that the configuration starts from.
+    of them from the model folder that the configuration starts from, the decoder trained on if it says so.
     """
     config = session.config
     if config.start is not None:
         given = load_components(config.start, device=session.device)
         model = TextToLatents(channels_last(given.unet), given.text_encoder).requires_grad_(True)
-        return channels_last(given.vae), given.tokenizer, model
-    if folder is None:
-        session.say(f"drawing {config.pictures} pictures")
-    data = folder or SceneData.draw(config.pictures, config.seed, config.stage)
+        vae = channels_last(given.vae).requires_grad_(True)
+        if config.autoencoder.decoder is not None:
+            train_decoder(session, vae, _pictures(session, folder))
+        return vae, given.tokenizer, model
+    data = _pictures(session, folder)
     tokenizer = Tokenizer.from_words(folder.vocabulary() if folder else VOCABULARY, config.text.length)
     text_encoder = new_text_encoder(session, tokenizer)
     if isinstance(data, SceneData):
@@ -114,6 +115,15 @@ def first_stages(
     side = data.images.shape[1] // vae.config.factor
     unet = new_unet(session, vae.config.latent_channels, text_encoder.config.hidden_size, side)
     return vae, tokenizer, TextToLatents(unet, text_encoder)
+
+
+def _pictures(session: Session, folder: FolderData | None) -> PictureData:
+    """What the first stages learn from."""
+    if folder is not None:
+        return folder
+    config = session.config
+    session.say(f"drawing {config.pictures} pictures")
+    return SceneData.draw(config.pictures, config.seed, config.stage)
 
 
 def scaled_latents(
