@@ -16,7 +16,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
 .PHONY: demo test test-long bench lint format clean
 
 demo: .venv/.core
-	@$(BIN)/fastldm generate "a large blue square on a white background" --steps 25 --seed 7 -o demo.png
+	@$(BIN)/fastldm generate "a black circle on a yellow background" --steps 25 --seed 1 -o demo.png
 
 test: .venv/.test
 	$(PYTEST)

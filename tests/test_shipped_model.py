@@ -16,7 +16,7 @@ import fastldm
 from fastldm.scenes.check import read_object
 
 ASSETS = Path(fastldm.__file__).parent / "assets"
-PROMPT = "a large blue square on a white background"
+PROMPT = "a black circle on a yellow background"
 
 
 def run(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
@@ -52,13 +52,13 @@ def test_unknown_words_are_named() -> None:
 
 
 def test_command_line_makes_the_picture_and_replays_it(tmp_path: Path) -> None:
-    made = run("generate", PROMPT, "--steps", "25", "--seed", "7", "-o", "made.png", folder=tmp_path)
+    made = run("generate", PROMPT, "--steps", "25", "--seed", "1", "-o", "made.png", folder=tmp_path)
     assert made.returncode == 0, made.stderr
     assert made.stdout.strip() == "made.png"
     with Image.open(tmp_path / "made.png") as picture:
         pixels = np.asarray(picture)
     seen = read_object(pixels)
-    assert (seen.kind, seen.colour, seen.background) == ("square", "blue", "white")
+    assert (seen.kind, seen.colour, seen.background) == ("circle", "black", "yellow")
     again = run("generate", "--replay", "made.png", "-o", "again.png", folder=tmp_path)
     assert again.returncode == 0, again.stderr
     with Image.open(tmp_path / "again.png") as picture:
