@@ -157,8 +157,10 @@ class Pipeline:
     def _refuse_what_does_not_fit(self, request: Request) -> None:
         free, vae = available_bytes(self.device), self.components.vae.config
         whole = peak_bytes(vae, request.height, request.width, self.dtype.itemsize, None) * request.count
-        if 4 * whole <= free:
-            return  # no stage takes more for an image than its decode in one piece, by far
+        networks = (self.components.unet, self.components.vae, self.components.text_encoder)
+        weights = sum(weight.nbytes for network in networks for weight in network.parameters())
+        if 4 * whole + 2 * weights <= free:
+            return  # no stage takes more for an image than its decode in one piece, packed weights apart
         if (needed := self.footprint(request).needed) > free:
             sizes = f"{needed / 2**30:.1f} GiB are needed, {free / 2**30:.1f} GiB are free"
             raise OutOfMemory(f"{request.count} images of {request.width}x{request.height}: {sizes}")

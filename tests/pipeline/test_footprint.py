@@ -58,7 +58,7 @@ def test_a_tenth_of_what_is_measured(model: str, dtype: str, request: pytest.Fix
     ).stdout.splitlines()
     (_, held, weights), *stages = (line.split() for line in lines)
     # One copy of the weights at most; CLIP's tokenizer takes 10 MB.
-    assert int(held) <= int(weights) + (13 << 20), lines
+    assert int(held) <= int(weights) + (16 << 20), lines
     for name, measured, estimated in stages:
         assert int(measured) == pytest.approx(int(estimated), rel=0.1), (name, lines)
 
