@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastldm.ops.raw import records
 from fastldm.ops.registry import op
 
 FEW_KEYS = 256
@@ -15,8 +16,7 @@ def _trains_on_few_keys(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether autograd records a bfloat16 call on a CPU with so few keys that keeping the scores is 2.3 times
     as fast as PyTorch's backward of SDPA, which makes them anew.
     """
-    records = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (q, k, v))
-    return records and q.is_cpu and q.dtype == torch.bfloat16 and k.shape[2] <= FEW_KEYS
+    return records(q, k, v) and q.is_cpu and q.dtype == torch.bfloat16 and k.shape[2] <= FEW_KEYS
 
 
 @op

@@ -59,6 +59,12 @@ def drawn(posterior: DiagonalGaussian | PointMass, generator: torch.Generator, n
     return latents
 
 
+def reconstruction_loss(images: Tensor, decoded: Tensor) -> Tensor:
+    """mean |x − x̂| + mean (x − x̂)², in the pictures' dtype."""
+    error = images - decoded.to(images.dtype)
+    return error.abs().mean() + error.square().mean()
+
+
 class AutoencoderLoss:
     """The loss of a configuration.
 
@@ -75,8 +81,7 @@ class AutoencoderLoss:
     def reconstruction(self, images: Tensor, decoded: Tensor) -> Tensor:
         """mean |x − x̂| + mean (x − x̂)² + perceptual · mean distance, in float32 or wider."""
         decoded = decoded.to(images.dtype)
-        error = images - decoded
-        loss = error.abs().mean() + error.square().mean()
+        loss = reconstruction_loss(images, decoded)
         if self.section.perceptual:
             loss = loss + self.section.perceptual * self.distance(images, decoded).mean()
         return loss

@@ -22,7 +22,7 @@ from fastldm.models.vae import AutoencoderKL
 from fastldm.models.vq import VQModel
 from fastldm.scenes import KINDS
 from fastldm.scenes.judge import Judge
-from fastldm.training.autoencoder import encode_all
+from fastldm.training.autoencoder import encode_all, reconstruction_loss
 from fastldm.training.data import to_model
 from fastldm.training.fit import FitSettings, fit
 from fastldm.training.reconstruction import psnr, to_pixels
@@ -30,12 +30,6 @@ from fastldm.training.reconstruction import psnr, to_pixels
 KL_WEIGHT = 1e-6
 SAVES = 20  # of a training run
 _RENDERS = 100
-
-
-def reconstruction_loss(images: Tensor, decoded: Tensor) -> Tensor:
-    """mean |x − x̂| + mean (x − x̂)², in float32."""
-    error = images - decoded.float()
-    return error.abs().mean() + error.square().mean()
 
 
 class OutOfTime(Exception):
