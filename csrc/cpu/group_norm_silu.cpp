@@ -1,7 +1,6 @@
-// Group norm with SiLU and a bias per row, over channels-last memory, from the moments of the channels.
-//
-// A group's variance is the mean of its channels' own and of the squared distances of their means from the group's.
-// The row bias shifts a channel's mean and leaves its variance alone, so it costs nothing per element.
+// Group norm with SiLU and a bias per row, over channels-last memory, from the moments of the channels. The row bias is
+// part of a channel's mean, so it costs nothing per element.
+#include "group_statistics.h"
 #include "kernels.h"
 #include "vector.h"
 
@@ -18,18 +17,11 @@ void group_coefficients(const GroupNormSilu& a, int64_t row, int64_t group) {
     const double* mean = a.moments + row * 2 * a.channels + start;
     const double* variance = mean + a.channels;
     const float* row_bias = a.row_bias ? a.row_bias + row * a.channels + start : nullptr;
-    double group_mean = 0.0, group_variance = 0.0;
-    for (int64_t c = 0; c < size; ++c) group_mean += mean[c] + (row_bias ? row_bias[c] : 0.0f);
-    group_mean /= static_cast<double>(size);
-    for (int64_t c = 0; c < size; ++c) {
-        const double delta = mean[c] + (row_bias ? row_bias[c] : 0.0f) - group_mean;
-        group_variance += variance[c] + delta * delta;
-    }
-    const double rstd = 1.0 / __builtin_sqrt(group_variance / static_cast<double>(size) + a.eps);
+    const GroupStatistics statistics = group_statistics(mean, variance, row_bias, size, a.eps);
     float* to = a.coefficients + row * 3 * a.channels + start;
     for (int64_t c = 0; c < size; ++c) {
-        to[c] = static_cast<float>(group_mean - (row_bias ? row_bias[c] : 0.0f));
-        to[a.channels + c] = static_cast<float>(rstd * a.weight[start + c]);
+        to[c] = static_cast<float>(statistics.mean - (row_bias ? row_bias[c] : 0.0f));
+        to[a.channels + c] = static_cast<float>(statistics.rstd * a.weight[start + c]);
         to[2 * a.channels + c] = a.bias[start + c];
     }
 }
