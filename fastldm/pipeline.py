@@ -52,7 +52,7 @@ class Pipeline:
         offload_text_encoder: bool = False,
     ) -> None:
         shape = components.unet.config
-        if shape.in_channels == 2 * shape.latent_channels + 1:
+        if shape.inpaints:
             why = f"is {shape.in_channels}: generate() cannot feed the channels of an inpainting model yet"
             raise CheckpointError(components.path, "unet in_channels", why)
         self.components, self.device, self.dtype, self.backends = components, device, dtype, backends
@@ -157,9 +157,7 @@ class Pipeline:
     def _refuse_what_does_not_fit(self, request: Request) -> None:
         free, vae = available_bytes(self.device), self.components.vae.config
         whole = peak_bytes(vae, request.height, request.width, self.dtype.itemsize, None) * request.count
-        networks = (self.components.unet, self.components.vae, self.components.text_encoder)
-        weights = sum(weight.nbytes for network in networks for weight in network.parameters())
-        if 4 * whole + 2 * weights <= free:
+        if 4 * whole + 2 * self._weights.nbytes <= free:
             return  # no stage takes more for an image than its decode in one piece, packed weights apart
         if (needed := self.footprint(request).needed) > free:
             sizes = f"{needed / 2**30:.1f} GiB are needed, {free / 2**30:.1f} GiB are free"

@@ -14,20 +14,17 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from fastldm import api, checks
 from fastldm.bench import machine
 from fastldm.errors import FastLDMError, InvalidArgument
 from fastldm.images import write_files
-from fastldm.models.pixels import Autoencoder
 from fastldm.pipeline import Pipeline
 from fastldm.scenes import LANDSCAPES, STYLES, Rendered, Scene, caption, draw_scene, render, sample_scene
 from fastldm.scenes.exam import CATEGORIES, GENEVAL, PER_CATEGORY, questions
 from fastldm.scenes.judge import Judge, Reading
 from fastldm.scenes.marks import is_exact, objects_right
-from fastldm.training.data import to_model
-from fastldm.training.reconstruction import frechet_distance, psnr, to_pixels
+from fastldm.training.reconstruction import frechet_distance, given_back, psnr
 
 BATCH = 8
 RENDERS = 200  # of each style
@@ -177,22 +174,13 @@ def style_report(judge: Judge, pipe: Pipeline, style: str, number: int) -> Style
         raise FastLDMError(f"the judge reads {why}")
     kept = torch.from_numpy(pictures[:number])
     with pipe.turn():
-        decoded = reconstructed(pipe.components.vae, kept, pipe.dtype, pipe.device)
+        decoded = given_back(pipe.components.vae, kept, BATCH, pipe.dtype, pipe.device)
     return Style(
         objects=objects,
         exact=_exact(readings, renders),
         reconstructed=_exact(judge.read(decoded), renders[:number]),
         psnr=float(psnr(kept, decoded).mean()),
     )
-
-
-def reconstructed(vae: Autoencoder, pictures: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Pictures uint8 [N, H, W, 3] encoded to the posterior mean and decoded."""
-    made = []
-    for part in pictures.split(BATCH):
-        decoded = vae.decode(vae.encode(to_model(part).to(device, dtype)).mean)
-        made.append(to_pixels(decoded.float().cpu()))
-    return torch.cat(made)
 
 
 def _distances(judge: Judge, draw: Draw, count: int) -> tuple[float, float]:

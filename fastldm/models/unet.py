@@ -57,6 +57,11 @@ class UNetConfig:
         """Channels of the latents, without concatenated ones (masks, masked latents)."""
         return self.out_channels
 
+    @property
+    def inpaints(self) -> bool:
+        """Whether a mask and masked latents stand beside the latents, as in SD's inpainting models."""
+        return self.in_channels == 2 * self.latent_channels + 1
+
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any], file: str = "unet/config.json") -> UNetConfig:
         """Read the fields of a diffusers unet/config.json; CheckpointError for one that this network does

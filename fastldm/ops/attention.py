@@ -13,8 +13,8 @@ FEW_KEYS = 256
 
 
 def _trains_on_few_keys(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether autograd records a bfloat16 call on a CPU with so few keys that keeping the scores is 2.3 times
-    as fast as PyTorch's backward of SDPA, which makes them anew.
+    """Whether autograd records a bfloat16 call on a CPU with so few keys that keeping the scores is
+    faster than PyTorch's backward of SDPA, which makes them anew.
     """
     return records(q, k, v) and q.is_cpu and q.dtype == torch.bfloat16 and k.shape[2] <= FEW_KEYS
 

@@ -12,6 +12,7 @@ class Weights:
 
     def __init__(self, networks: Iterable[nn.Module]) -> None:
         self._all = [weight for network in networks for weight in network.parameters()]
+        self.nbytes = sum(weight.nbytes for weight in self._all)
         self._places: list[int] = []
         self._versions: object = None
 

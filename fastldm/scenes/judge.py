@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from fastldm.errors import CheckpointError, InvalidArgument
 from fastldm.scenes.judge_net import BOX_UNIT, CELL, Cells, JudgeNet
 from fastldm.scenes.palette import COLOURS, IMAGE_SIZE, KINDS, LANDSCAPES, SKIES, STYLES
-from fastldm.scenes.scene import Box, position_of, size_of
+from fastldm.scenes.scene import Box, Placed, size_of
 
 WEIGHTS = Path(__file__).parents[1] / "assets" / "judge" / "model.safetensors"
 
@@ -43,7 +43,7 @@ _BATCH = 32
 
 
 @dataclass(frozen=True)
-class Seen:
+class Seen(Placed):
     """One object of a picture; `kind` or `colour` is None where the picture shows none of ours clearly.
 
     `box`: x0, y0, x1, y1 in pixels. `score`: the chance that object, kind and colour are right, 0 to 1.
@@ -53,16 +53,6 @@ class Seen:
     colour: str | None
     box: Box
     score: float
-
-    @property
-    def centre(self) -> tuple[float, float]:
-        x0, y0, x1, y1 = self.box
-        return (x0 + x1) / 2, (y0 + y1) / 2
-
-    @property
-    def position(self) -> str | None:
-        """The word of POSITIONS for where the box stands, or None between the clear places."""
-        return position_of(self.box)
 
     @property
     def size(self) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import numpy as np
 
@@ -40,16 +40,10 @@ _T = TypeVar("_T")
 Box = tuple[float, float, float, float]
 
 
-@dataclass(frozen=True)
-class SceneObject:
-    """One object; the turned, mirrored silhouette fills `box` (x0, y0, x1, y1; pixels) exactly."""
+class Placed:
+    """What has a box in the picture: x0, y0, x1, y1 in pixels."""
 
-    kind: str
-    colour: str
-    size: str
     box: Box
-    angle: float = 0.0
-    mirror: bool = False
 
     @property
     def centre(self) -> tuple[float, float]:
@@ -60,6 +54,18 @@ class SceneObject:
     def position(self) -> str | None:
         """The word of POSITIONS for where it stands, or None between the clear cases."""
         return position_of(self.box)
+
+
+@dataclass(frozen=True)
+class SceneObject(Placed):
+    """One object; the turned, mirrored silhouette fills `box` (x0, y0, x1, y1; pixels) exactly."""
+
+    kind: str
+    colour: str
+    size: str
+    box: Box
+    angle: float = 0.0
+    mirror: bool = False
 
 
 @dataclass(frozen=True)
@@ -121,13 +127,6 @@ def size_of(box: Box) -> str:
     """The word of SIZES whose range lies nearest to the longer side of a box."""
     side = max(box[2] - box[0], box[3] - box[1])
     return min(SIZES, key=lambda size: max(SIZES[size][0] - side, side - SIZES[size][1]))
-
-
-class Placed(Protocol):
-    """Something that stands somewhere in a picture."""
-
-    @property
-    def centre(self) -> tuple[float, float]: ...
 
 
 def relation(first: Placed, second: Placed) -> str | None:

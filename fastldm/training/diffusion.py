@@ -1,7 +1,5 @@
-"""The second stage: a latent diffusion model with classifier-free guidance, trained with L_simple.
-
-(Ho et al. 2020, arXiv:2006.11239; Rombach et al. 2022, arXiv:2112.10752; velocity target: Salimans & Ho
-2022, arXiv:2202.00512; caption dropout: Ho & Salimans 2022, arXiv:2207.12598)
+"""The second stage: a latent diffusion model with classifier-free guidance. (Rombach et al. 2022,
+arXiv:2112.10752)
 """
 
 from __future__ import annotations
@@ -21,7 +19,7 @@ from fastldm.models.unet import UNet, UNetConfig
 from fastldm.scenes import COLOURS, KINDS
 from fastldm.training.data import PictureData, SceneData, share_loss
 from fastldm.training.session import Session
-from fastldm.training.text import token_ids
+from fastldm.training.text import token_ids, without_some
 
 
 class TextToLatents(nn.Module):
@@ -119,8 +117,7 @@ def train_diffusion(
         rows = torch.where(hinted, rows % len(hints), rows)
         hint = hints[rows % len(hints)] * hinted[:, None, None, None]
         texts = [text for text, _ in data.captions(rows.tolist(), generator)]
-        dropped = torch.rand(batch, generator=generator) < section.caption_dropout
-        texts = ["" if drop else text for text, drop in zip(texts, dropped.tolist(), strict=True)]
+        texts = without_some(texts, section.caption_dropout, generator)
         clean = means[rows] + deviations[rows] * torch.randn(means[rows].shape, generator=generator)
         ids = token_ids(tokenizer, texts).to(device)
         error = criterion(model, clean.to(device), ids, hint.to(device), generator=generator).mean()

@@ -21,11 +21,11 @@ from fastldm.checkpoint import Components
 from fastldm.checkpoint.lora import write_lora
 from fastldm.checkpoint.lora_names import adaptable
 from fastldm.checks import integer, number
-from fastldm.diffusion import add_noise, alphas_cumprod, simple_loss, target
+from fastldm.diffusion import Criterion, Objective
 from fastldm.errors import CheckpointError, InvalidArgument
 from fastldm.training.diffusion import TextToLatents
 from fastldm.training.fit import FitSettings, fit
-from fastldm.training.text import token_ids
+from fastldm.training.text import token_ids, without_some
 
 Adaptable: TypeAlias = Mapping[str, nn.Linear | nn.Conv2d]  # by network and name: "unet.mid_block…"
 
@@ -97,8 +97,8 @@ def train_lora(
     `fit` raises.
     """
     channels = components.unet.config.latent_channels
-    if components.unet.config.in_channels == 2 * channels + 1:
-        why = f"is {2 * channels + 1}: an inpainting model cannot be tuned yet"
+    if components.unet.config.inpaints:
+        why = f"is {components.unet.config.in_channels}: an inpainting model cannot be tuned yet"
         raise CheckpointError(components.path, "unet in_channels", why)
     rank = integer("rank", settings.rank, 1, MAX_RANK)
     alpha = float(rank) if settings.alpha is None else number("alpha", settings.alpha, 1e-6, 1e6)
@@ -115,21 +115,18 @@ def train_lora(
     first = next(iter(chosen.values())).weight
     device, dtype = first.device, first.dtype
     adapter = Adapter(chosen, rank, alpha, torch.Generator().manual_seed(seed))
-    kept = alphas_cumprod(components.scheduler)
+    criterion = Criterion(Objective(), components.scheduler)
 
     def loss(step: int, generator: torch.Generator) -> Tensor:
         rows = torch.randint(len(data), (settings.fit.batch,), generator=generator)
         clean, texts = _batch(data, rows.tolist(), channels)
-        dropped = torch.rand(len(texts), generator=generator) < dropout
-        texts = ["" if drop else text for text, drop in zip(texts, dropped.tolist(), strict=True)]
-        noise = torch.randn(clean.shape, generator=generator)
-        times = torch.randint(len(kept), (len(texts),), generator=generator)
-        alphas, sigmas = kept[times].sqrt().float(), (1 - kept[times]).sqrt().float()
-        noisy = add_noise(clean, noise, alphas, sigmas).to(device, dtype)
+        texts = without_some(texts, dropout, generator)
         ids = token_ids(components.tokenizer, texts).to(device)
-        predicted = functional_call(model, adapter.weights(chosen), (noisy, times.to(device), ids))
-        wanted = target(components.scheduler.prediction, clean, noise, alphas, sigmas)
-        return simple_loss(predicted, wanted.to(device)).mean()
+
+        def predict(noisy: Tensor, times: Tensor) -> Tensor:
+            return functional_call(model, adapter.weights(chosen), (noisy.to(dtype), times, ids))
+
+        return criterion(predict, clean.to(device), generator=generator).mean()
 
     fit("lora", adapter, loss, settings.fit, folder, seed, report)
     factors: dict[str, dict[str, tuple[Tensor, Tensor]]] = {}

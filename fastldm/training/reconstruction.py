@@ -77,6 +77,24 @@ def reconstruction_report(
     )
 
 
+@torch.inference_mode()
+def given_back(
+    vae: Autoencoder,
+    images: Tensor,
+    batch: int,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """Pictures uint8 [N, H, W, 3] encoded to the posterior's mean and decoded; dtype and device are those of
+    the autoencoder. On the CPU.
+    """
+    made = []
+    for part in images.split(batch):
+        decoded = vae.decode(vae.encode(to_model(part).to(device, dtype)).mean)
+        made.append(to_pixels(decoded.float().cpu()))
+    return torch.cat(made)
+
+
 def to_pixels(decoded: Tensor) -> Tensor:
     """[N, 3, H, W], about −1…1 → uint8 [N, H, W, 3]."""
     levels = (decoded.float() * 127.5 + 127.5).round().clamp(0, 255)

@@ -74,6 +74,12 @@ def token_ids(tokenizer: Tokenizer, texts: Sequence[str]) -> Tensor:
     return torch.tensor([tokenizer.encode(text).chunks[0] for text in texts])
 
 
+def without_some(texts: Sequence[str], chance: float, generator: torch.Generator) -> list[str]:
+    """The texts, each empty with this chance: caption dropout. (Ho & Salimans 2022, arXiv:2207.12598)"""
+    dropped = torch.rand(len(texts), generator=generator) < chance
+    return ["" if drop else text for text, drop in zip(texts, dropped.tolist(), strict=True)]
+
+
 class CaptionReader(nn.Module):
     """A text encoder with one linear classifier a question, on the last token's state, which has seen the
     whole caption.

@@ -25,7 +25,7 @@ from fastldm.scenes.judge import Judge
 from fastldm.training.autoencoder import encode_all, reconstruction_loss
 from fastldm.training.data import to_model
 from fastldm.training.fit import FitSettings, fit
-from fastldm.training.reconstruction import psnr, to_pixels
+from fastldm.training.reconstruction import given_back, psnr, to_pixels
 
 KL_WEIGHT = 1e-6
 SAVES = 20  # of a training run
@@ -132,12 +132,7 @@ class Lab:
     def psnr(self, factor: int, seed: int, quantised: bool) -> float:
         """Of an autoencoder's reconstructions of the renders that no training sees, in dB."""
         vae, images = self.autoencoder(factor, seed, quantised), self.world.reference.images
-        with torch.inference_mode():
-            parts = [
-                psnr(part, to_pixels(vae.decode(vae.encode(to_model(part)).mean)))
-                for part in images.split(50)
-            ]
-        return float(torch.cat(parts).mean())
+        return float(psnr(images, given_back(vae, images, batch=50)).mean())
 
     def latents(self, factor: int, seed: int) -> tuple[Tensor, Tensor, float]:
         """Means and deviations of the training pictures' latents, scaled to variance 1, and that scale."""
