@@ -1,8 +1,7 @@
-"""What autoencoders are trained with and judged by, against the original code and float64 transcriptions."""
+"""What autoencoders are trained with, against the original code and float64 transcriptions."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,15 +12,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import Tensor
 
 import fastldm
 from fastldm.checkpoint import convert
-from fastldm.errors import CheckpointError, InvalidArgument
 from fastldm.models.discriminator import PatchDiscriminator
-from fastldm.models.pixels import PixelAutoencoder, PixelConfig
-from fastldm.models.vq import VQConfig, VQModel
+from fastldm.models.vq import VQModel
 from fastldm.training import run
 from fastldm.training.adversarial import (
     AdversarySettings,
@@ -37,18 +33,15 @@ from fastldm.training.autoencoder import (
     train_autoencoder,
 )
 from fastldm.training.config import AutoencoderSection, DiffusionSection, TrainConfig
-from fastldm.training.data import SceneData, to_model
+from fastldm.training.data import SceneData
 from fastldm.training.fit import FitSettings
-from fastldm.training.perceptual import LPIPS, laplacian_distance
+from fastldm.training.perceptual import laplacian_distance
 from fastldm.training.reconstruction import (
     codebook_use,
-    frechet_distance,
-    psnr,
-    reconstruction_report,
-    ssim,
     to_pixels,
 )
 from fastldm.training.session import Session
+from tests.training.test_perceptual import pyramid_by_hand
 
 Recorded = Callable[[str], Any]
 
@@ -300,236 +293,3 @@ def test_a_run_with_a_codebook_ends_with_a_model_that_generates(tmp_path: Path) 
     assert single.config == vae.config
     for key, tensor in vae.state_dict().items():
         assert torch.equal(tensor, single.state_dict()[key]), key
-
-
-def pyramid_by_hand(x: np.ndarray, levels: int) -> float:
-    """One channel [H, W], pixel by pixel."""
-    taps = np.array([1, 4, 6, 4, 1]) / 16
-    total = 0.0
-    for _ in range(levels - 1):
-        height, width = x.shape
-        if min(height, width) < 2:
-            break
-        blurred = np.zeros_like(x)
-        for i in range(height):
-            for j in range(width):
-                for a in range(5):
-                    for b in range(5):
-                        ii, jj = min(max(i + a - 2, 0), height - 1), min(max(j + b - 2, 0), width - 1)
-                        blurred[i, j] += taps[a] * taps[b] * x[ii, jj]
-        small = blurred[::2, ::2]
-        large = np.zeros_like(x)
-        for i in range(height):
-            for j in range(width):
-                y = max((i + 0.5) * small.shape[0] / height - 0.5, 0)
-                z = max((j + 0.5) * small.shape[1] / width - 0.5, 0)
-                y0, z0 = int(y), int(z)
-                y1, z1 = min(y0 + 1, small.shape[0] - 1), min(z0 + 1, small.shape[1] - 1)
-                up = small[y0, z0] * (1 - z + z0) + small[y0, z1] * (z - z0)
-                down = small[y1, z0] * (1 - z + z0) + small[y1, z1] * (z - z0)
-                large[i, j] = up * (1 - y + y0) + down * (y - y0)
-        total += np.abs(x - large).mean()
-        x = small
-    return total + np.abs(x).mean()
-
-
-def test_laplacian_distance_against_a_transcription() -> None:
-    rng = np.random.default_rng(1)
-    one, other = rng.standard_normal((2, 2, 2, 12, 9))
-    got = laplacian_distance(torch.from_numpy(one), torch.from_numpy(other), levels=5)
-    for row in range(2):
-        want = np.mean([pyramid_by_hand(one[row, c] - other[row, c], 5) for c in range(2)])
-        assert float(got[row]) == pytest.approx(want, rel=1e-12)
-
-
-def test_laplacian_distance_sees_detail_beneath_a_larger_error() -> None:
-    board = torch.tensor([0.5, -0.5]).repeat(32)
-    fine = (board[:, None] * board)[None, None] * 2
-    flat = torch.full((1, 1, 64, 64), 1.0)
-    none = torch.zeros_like(flat)
-    assert float(laplacian_distance(flat, none)) == pytest.approx(1.0)  # all of it in the last band
-    assert float(laplacian_distance(fine, none)) == pytest.approx(0.5, rel=0.05)  # nearly all in the first
-    both = flat + fine
-    assert float(both.abs().mean()) == pytest.approx(1.0)
-    assert float(laplacian_distance(both, none)) == pytest.approx(1.5, rel=0.05)
-    assert float(laplacian_distance(both, both)) == 0.0
-
-
-VGG = (64, 64, "pool", 128, 128, "pool", 256, 256, 256, "pool", 512, 512, 512, "pool", 512, 512, 512)
-
-
-def lpips_state(prefix: str = "") -> dict[str, Tensor]:
-    """Random weights under the keys of lpips.LPIPS(net='vgg')."""
-    generator = torch.Generator().manual_seed(7)
-    state, number, part, before = {}, 0, 1, 3
-    for width in VGG:
-        if isinstance(width, str):
-            number, part = number + 1, part + 1
-            continue
-        weight = torch.randn(width, before, 3, 3, generator=generator) * (2 / (9 * before)) ** 0.5
-        state[f"net.slice{part}.{number}.weight"] = weight
-        state[f"net.slice{part}.{number}.bias"] = 0.1 * torch.randn(width, generator=generator)
-        number, before = number + 2, width
-    for i, width in enumerate((64, 128, 256, 512, 512)):
-        state[f"lin{i}.model.1.weight"] = torch.rand(1, width, 1, 1, generator=generator)
-    return {prefix + key: value for key, value in state.items()}
-
-
-def lpips_by_hand(state: dict[str, Tensor], images: Tensor, decoded: Tensor) -> Tensor:
-    """In float64, straight from the paper's formula."""
-    shift = torch.tensor([-0.030, -0.088, -0.188], dtype=torch.float64)
-    scale = torch.tensor([0.458, 0.448, 0.450], dtype=torch.float64)
-    maps = []
-    for x in (images, decoded):
-        x = ((x.double().movedim(1, -1) - shift) / scale).movedim(-1, 1)
-        number, part, found = 0, 1, []
-        for width in VGG:
-            if isinstance(width, str):
-                found.append(x)
-                x, number, part = F.max_pool2d(x, 2), number + 1, part + 1
-                continue
-            key = f"net.slice{part}.{number}."
-            x = F.conv2d(x, state[key + "weight"].double(), state[key + "bias"].double(), padding=1).clamp(0)
-            number += 2
-        maps.append([*found, x])
-    total = torch.zeros(len(images), dtype=torch.float64)
-    for i, (one, other) in enumerate(zip(*maps, strict=True)):
-        one = one / (one.square().sum(1, keepdim=True).sqrt() + 1e-10)
-        other = other / (other.square().sum(1, keepdim=True).sqrt() + 1e-10)
-        weight = state[f"lin{i}.model.1.weight"].double()[0]
-        total += ((one - other).square() * weight).sum(1).mean(dim=(1, 2))
-    return total
-
-
-@pytest.mark.parametrize("prefix", ["", "first_stage_model.loss.perceptual_loss."])
-def test_lpips_against_a_transcription(tmp_path: Path, prefix: str) -> None:
-    file = tmp_path / "lpips.safetensors"
-    save_file({**lpips_state(prefix), "other": torch.zeros(1)}, file)
-    lpips = LPIPS.load(file)
-    images = torch.rand(2, 3, 32, 20, generator=torch.Generator().manual_seed(1)) * 2 - 1
-    decoded = (images * 0.7).requires_grad_()
-    got = lpips(images, decoded)
-    torch.testing.assert_close(
-        got.double(), lpips_by_hand(lpips_state(), images, decoded), rtol=1e-4, atol=1e-6
-    )
-    (gradient,) = torch.autograd.grad(lpips(images, decoded * 0 - 1).sum(), decoded)
-    assert gradient.isfinite().all()
-    assert float(lpips(images, images).abs().max()) == 0.0
-
-
-@pytest.mark.parametrize(
-    ("change", "says"),
-    [
-        ({"lin2.model.1.weight": None}, "missing"),
-        ({"net.slice3.12.bias": torch.zeros(255)}, "255"),
-        ({"net.slice1.0.weight": torch.full((64, 3, 3, 3), float("nan"))}, "NaN"),
-    ],
-)
-def test_lpips_weights_that_do_not_fit_are_named(
-    tmp_path: Path, change: dict[str, Tensor | None], says: str
-) -> None:
-    state = {k: v for k, v in {**lpips_state(), **change}.items() if v is not None}
-    save_file(state, tmp_path / "lpips.safetensors")
-    with pytest.raises(CheckpointError, match=says) as caught:
-        LPIPS.load(tmp_path / "lpips.safetensors")
-    assert caught.value.key == next(iter(change))
-
-
-def pictures(count: int, height: int, width: int, seed: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(256, (count, height, width, 3), dtype=torch.uint8, generator=generator)
-
-
-def ssim_by_hand(x: np.ndarray, y: np.ndarray) -> float:
-    """One channel [H, W], window by window."""
-    at = np.arange(11) - 5
-    window = np.exp(-(at[:, None] ** 2 + at**2) / (2 * 1.5**2))
-    window /= window.sum()
-    values = []
-    for i in range(x.shape[0] - 10):
-        for j in range(x.shape[1] - 10):
-            p, q = x[i : i + 11, j : j + 11], y[i : i + 11, j : j + 11]
-            mp, mq = (window * p).sum(), (window * q).sum()
-            vp, vq = (window * (p - mp) ** 2).sum(), (window * (q - mq) ** 2).sum()
-            both = (window * (p - mp) * (q - mq)).sum()
-            c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
-            values.append((2 * mp * mq + c1) * (2 * both + c2) / ((mp**2 + mq**2 + c1) * (vp + vq + c2)))
-    return float(np.mean(values))
-
-
-def test_ssim_against_a_transcription() -> None:
-    one = pictures(2, 14, 17, 1)
-    other = (one.float() * 0.6 + 0.4 * pictures(2, 14, 17, 2).float()).to(torch.uint8)
-    got = ssim(one, other)
-    for row in range(2):
-        x, y = one[row].double().numpy(), other[row].double().numpy()
-        want = np.mean([ssim_by_hand(x[:, :, c], y[:, :, c]) for c in range(3)])
-        assert float(got[row]) == pytest.approx(want, rel=1e-10)
-    assert ssim(one, one).tolist() == [pytest.approx(1.0, rel=1e-12)] * 2
-    with pytest.raises(InvalidArgument, match="11 pixels"):
-        ssim(one[:, :10], other[:, :10])
-
-
-def test_psnr_against_its_formula() -> None:
-    one = torch.full((2, 4, 4, 3), 100, dtype=torch.uint8)
-    other = one.clone()
-    other[0, :2] += 10  # half of the pixels: a mean squared error of 50
-    assert psnr(one, other).tolist() == [
-        pytest.approx(10 * math.log10(255**2 / 50)),
-        pytest.approx(78.13, abs=0.01),
-    ]
-
-
-def test_frechet_distance_against_closed_forms() -> None:
-    generator = torch.Generator().manual_seed(3)
-    base = torch.randn(500, 6, generator=generator, dtype=torch.float64)
-    assert frechet_distance(base, base) == pytest.approx(0.0, abs=1e-10)
-    assert frechet_distance(base, base + 2.0) == pytest.approx(6 * 4.0, rel=1e-9)
-    # The same features scaled: covariances commute, so it is |(s − 1) μ|² + (s − 1)² tr Σ.
-    trace, mean = float(base.T.cov().trace()), float(base.mean(0).square().sum())
-    assert frechet_distance(base, 3 * base) == pytest.approx(4 * (mean + trace), rel=1e-9)
-    # Covariances that do not commute, against the eigenvalues of their plain product.
-    other = base.flip(1) @ torch.randn(6, 6, generator=generator, dtype=torch.float64) + 0.3
-    one_cov, other_cov = np.cov(base.numpy().T), np.cov(other.numpy().T)
-    shared = np.sqrt(np.linalg.eigvals(one_cov @ other_cov).real.clip(0)).sum()
-    apart = float((base.mean(0) - other.mean(0)).square().sum())
-    want = apart + np.trace(one_cov) + np.trace(other_cov) - 2 * shared
-    assert frechet_distance(base, other) == pytest.approx(want, rel=1e-9)
-    # Fewer pictures than dimensions: the covariance is singular.
-    few = base[:4]
-    assert frechet_distance(few, few + 1.0) == pytest.approx(6.0, rel=1e-6)
-    with pytest.raises(InvalidArgument, match="2 pictures"):
-        frechet_distance(base[:1], base)
-
-
-def test_codebook_use_counts_codes_and_how_evenly_they_are_chosen() -> None:
-    assert codebook_use(torch.arange(8).repeat(5), 32) == (8, pytest.approx(8.0))
-    assert codebook_use(torch.zeros(9, dtype=torch.int64), 32) == (1, pytest.approx(1.0))
-
-
-def test_the_report_of_pixels_is_perfect() -> None:
-    images = pictures(5, 16, 12, 4)
-    stage = PixelAutoencoder(PixelConfig())
-    report = reconstruction_report(stage, images, lambda part: part.flatten(1)[:, :7].double(), batch=2)
-    assert report.psnr == pytest.approx(78.13, abs=0.01) and report.ssim == pytest.approx(1.0)
-    assert report.frechet == pytest.approx(0.0, abs=1e-6)
-    assert report.codes is None and report.perplexity is None
-    assert str(report) == "PSNR 78.13 dB, SSIM 1.0000, Fréchet distance 0.000"
-
-
-def test_the_report_of_a_quantising_autoencoder_is_that_of_its_parts() -> None:
-    torch.manual_seed(6)
-    vae = VQModel(
-        VQConfig(block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=2, num_vq_embeddings=16)
-    ).eval()
-    images = pictures(5, 16, 12, 4)
-    report = reconstruction_report(vae, images, batch=2)
-    with torch.no_grad():
-        latents = vae.encode(to_model(images)).mean
-        shown = to_pixels(vae.decode(latents))
-    assert report.psnr == pytest.approx(float(psnr(images, shown).mean()), rel=1e-3)
-    assert report.ssim == pytest.approx(float(ssim(images, shown).mean()), rel=1e-2)
-    assert report.frechet is None
-    codes, perplexity = codebook_use(vae.quantize.indices(latents), 16)
-    assert (report.codes, report.perplexity) == (codes, pytest.approx(perplexity))
-    assert 1 < codes <= 16
