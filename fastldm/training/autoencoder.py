@@ -146,11 +146,20 @@ def new_autoencoder(section: AutoencoderSection) -> AutoencoderKL | VQModel:
     return AutoencoderKL(VAEConfig(**shape))
 
 
-def train_autoencoder(session: Session, data: PictureData) -> AutoencoderKL | VQModel:
-    """Train from the seed, or resume; its scaling factor is set later, from the latents it makes."""
+def train_autoencoder(
+    session: Session, data: PictureData, vae: AutoencoderKL | VQModel | None = None
+) -> AutoencoderKL | VQModel:
+    """Train one from the seed, or go on with a given one, or resume; its scaling factor is set later, from
+    the latents it makes. Without `autoencoder.fit` the given one stays as it is.
+    """
     section = session.config.autoencoder
+    settings = section.fit
+    if settings is None:
+        assert vae is not None  # the configuration says so
+        return vae
     torch.manual_seed(session.config.seed)
-    vae = new_autoencoder(section)
+    if vae is None:
+        vae = new_autoencoder(section)
     model = AutoencoderTraining(vae)
     if section.adversary is not None:
         model.critic = section.adversary.critic()
@@ -158,10 +167,10 @@ def train_autoencoder(session: Session, data: PictureData) -> AutoencoderKL | VQ
     objective = AutoencoderLoss(section, session.device)
 
     def loss(step: int, generator: torch.Generator) -> Tensor:
-        images, segmentation = _batch(session, section.fit, data, step, generator)
+        images, segmentation = _batch(session, settings, data, step, generator)
         return objective(model, step, images, segmentation, generator)
 
-    session.fit("autoencoder", model, loss, section.fit, seed=0, critic=model.critic)
+    session.fit("autoencoder", model, loss, settings, seed=0, critic=model.critic)
     return vae
 
 

@@ -29,9 +29,9 @@ PREDICTIONS = ("v_prediction", "epsilon", "sample", "flow")
 class AutoencoderSection:
     """The autoencoder: its shape, and its optimisation on crops, then on whole pictures at the end."""
 
-    fit: FitSettings
     block_out_channels: tuple[int, ...]
     latent_channels: int
+    fit: FitSettings | None = None  # None: it stays as the model was that a run starts from
     kind: str = "kl"  # or vq, with a codebook
     codes: int = 1024  # entries of the codebook
     layers_per_block: int = 1
@@ -148,7 +148,7 @@ class TrainConfig:
     stage: int = 1  # of the world that they learn
     threads: int = 2
     device: str = "auto"  # or cpu, cuda
-    start: Path | None = None  # a model folder to go on from; its encoder, and so every latent, stays
+    start: Path | None = None  # a model folder to go on from
     bfloat16: bool = False  # products and convolutions in bfloat16, weights and sums in float32
     tensorboard: bool = False
 
@@ -156,6 +156,8 @@ class TrainConfig:
         """InvalidArgument for choices that contradict each other."""
         if self.device not in ("auto", "cpu", "cuda"):
             raise InvalidArgument("device", self.device, "auto, cpu or cuda")
+        if self.start is None and self.autoencoder.fit is None:
+            raise InvalidArgument("autoencoder.fit", None, "a section, without a model to start from")
         factor = 2 ** (len(self.autoencoder.block_out_channels) - 1)
         multiple = factor * 2 ** (len(self.diffusion.block_out_channels) - 1)
         if self.side % multiple:

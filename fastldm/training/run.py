@@ -92,29 +92,42 @@ def first_stages(
     session: Session, folder: FolderData | None
 ) -> tuple[AutoencoderKL | VQModel, Tokenizer, TextToLatents]:
     """The autoencoder and the text encoder, trained or resumed, and a UNet that starts from nothing; or all
-    of them from the model folder that the configuration starts from, the decoder trained on if it says so.
+    from the model folder that the configuration starts from, the autoencoder trained on if it says so.
     """
     config = session.config
+    section = config.autoencoder
     if config.start is not None:
         given = load_components(config.start, device=session.device)
         model = TextToLatents(channels_last(given.unet), given.text_encoder).requires_grad_(True)
         vae = channels_last(given.vae).requires_grad_(True)
-        if config.autoencoder.decoder is not None:
-            train_decoder(session, vae, _pictures(session, folder))
+        if section.fit is not None or section.decoder is not None:
+            _train_autoencoder(session, folder, _pictures(session, folder), vae)
         return vae, given.tokenizer, model
     data = _pictures(session, folder)
     tokenizer = Tokenizer.from_words(folder.vocabulary() if folder else VOCABULARY, config.text.length)
     text_encoder = new_text_encoder(session, tokenizer)
     if isinstance(data, SceneData):
         train_text_encoder(session, tokenizer, text_encoder, data)
-    vae = train_autoencoder(session, data)
+    vae = _train_autoencoder(session, folder, data)
+    side = data.images.shape[1] // vae.config.factor
+    unet = new_unet(session, vae.config.latent_channels, text_encoder.config.hidden_size, side)
+    return vae, tokenizer, TextToLatents(unet, text_encoder)
+
+
+def _train_autoencoder(
+    session: Session,
+    folder: FolderData | None,
+    data: PictureData,
+    vae: AutoencoderKL | VQModel | None = None,
+) -> AutoencoderKL | VQModel:
+    """Both its turns, then what it gives back of fresh pictures, or of the folder's first."""
+    config = session.config
+    vae = train_autoencoder(session, data, vae)
     train_decoder(session, vae, data)
     seen = folder or SceneData.draw(JUDGED, config.seed + 1, config.stage)
     what = "the first" if folder else "fresh"
     session.say(f"reconstruction of {what} pictures: {reconstruction_report(vae, seen.images[:JUDGED])}")
-    side = data.images.shape[1] // vae.config.factor
-    unet = new_unet(session, vae.config.latent_channels, text_encoder.config.hidden_size, side)
-    return vae, tokenizer, TextToLatents(unet, text_encoder)
+    return vae
 
 
 def _pictures(session: Session, folder: FolderData | None) -> PictureData:
@@ -132,14 +145,14 @@ def scaled_latents(
     """Posterior means and deviations of all pictures, scaled to zero mean and unit variance over all, and
     hints for the first of them.
 
-    A new autoencoder's config takes up the scale and shift. Kept in the run's folder, where a resumed run
-    finds them.
+    The config of an autoencoder that was trained here takes up the scale and shift. Kept in the run's folder,
+    where a resumed run finds them.
     """
     config = session.config
     cache = config.folder / "latents.pt"
     if session.workers.leads and not cache.exists():
         means, deviations = encode_all(vae, data.images)
-        if config.start is None:
+        if config.autoencoder.fit is not None:
             scale, shift = 1 / float(means.std()), float(means.mean())
             vae.config = replace(vae.config, scaling_factor=scale, shift_factor=shift)
         generator = torch.Generator().manual_seed(config.seed + 4)
