@@ -15,18 +15,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fastldm import images
-from fastldm.checks import choice, integer, number, refuse, shape_of, tensor
+from fastldm.abilities import Abilities
+from fastldm.canvas import MAX_COUNT, check_canvas
+from fastldm.checks import choice, integer, number, refuse, tensor
+from fastldm.prompts import Content, Layout, check_content
 from fastldm.shortcuts import Shortcuts, check_shortcuts
 
 if TYPE_CHECKING:
     from fastldm.checks import Tensor
 
-MAX_CHARACTERS = 32_000
-MAX_EMBEDS = 32_768  # prompts, and tokens of each, in prompt_embeds
-MAX_COUNT = 2**31 - 1  # of pixels a side and of images, before memory is asked
 MIN_SEED, MAX_SEED = -(2**63), 2**64 - 1
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
-DEFAULT_STRENGTH = 0.8
 
 # What other programs call our arguments; anything else is matched by spelling.
 MEANT = {
@@ -39,6 +38,12 @@ MEANT = {
     "negative_prompt": ("negative", "neg_prompt", "n_prompt", "uncond", "unconditional_prompt"),
     "image": ("init_image", "init_img", "input_image"),
     "strength": ("denoising_strength", "denoise"),
+    "mask": ("mask_image", "inpaint_mask"),
+    "segmentation": ("segmentation_map", "semantic_map", "seg", "map"),
+    "label": ("labels", "class_label", "class_labels", "class_id", "y"),
+    "layout": ("boxes", "bboxes", "bounding_boxes"),
+    "upscale": ("super_resolution", "sr", "upsample"),
+    "blend": ("feather", "mask_blur"),
     "eta": ("ddim_eta",),
     "latents": ("noise", "x_T", "init_latents", "init_noise"),
     "output_type": ("output", "return_type", "output_format"),
@@ -55,8 +60,8 @@ _ALIASES = {alias: name for name, aliases in MEANT.items() for alias in aliases}
 class Limits:
     """What one loaded model accepts, in the units of the public arguments.
 
-    `factor` is pixels a latent cell and side; `context_dim` the width of a text embedding (None: the model
-    takes no prompt); `context_length` tokens a chunk of prompt. The peak of a request is taken as
+    `factor` is pixels a latent cell and side; `context_dim` the width of a text embedding; `context_length`
+    tokens a chunk of prompt; `abilities` what the model can be asked for. The peak of a request is taken as
     `bytes_per_pixel` × width × height × images and has to fit into `memory_bytes`.
     """
 
@@ -67,10 +72,11 @@ class Limits:
     latent_channels: int
     default_width: int
     default_height: int
-    context_dim: int | None
+    context_dim: int
     memory_bytes: int
     bytes_per_pixel: float
     context_length: int = 77
+    abilities: Abilities = Abilities()
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,14 +85,22 @@ class Request:
 
     Lists have one entry an image: image `i * num_images + j` is the j-th of prompt i.
 
-    prompts   None only with prompt_embeds, or for a model that takes no prompt
+    prompts   None only with prompt_embeds, or for a model that takes no prompt; labels and layouts are words
+              of it where the model reads text
     negatives "" where none was given; not read when `guidance_scale` is 1
+    labels, layouts   for a model that reads no text: numbers of classes; objects with boxes; else None
     seeds     of the images' own CPU generators
     latents   float32 tensor or array [n, C, height/f, width/f], unit normal as a generator draws it, or None
     prompt_embeds, negative_prompt_embeds   float32 [prompts, L, D], not yet repeated `num_images` times, or
               None; negative_prompt_embeds None with guidance: L is one chunk, `negatives` are to be encoded
-    image     float32 array [n or 1, height, width, 3] in 0…1, already resized, or None
+    image     float32 array [n or 1, height, width, 3] in 0…1, already resized, or None; to be upscaled: the
+              small one, its edges repeated until the large one's sides are multiples of the factor
     strength  0 < s ≤ 1 with an image, int(steps × strength) ≥ 1; 1.0 without one
+    mask      bool array [n or 1, height, width], True where the image is to be drawn anew, or None
+    blend     pixels inside the mask over which the new passes into the old
+    segmentation   int64 array [n or 1, height, width] of classes, or None
+    starts_from_image   whether the first step sees the image, noised, and not noise alone
+    shown     (width, height) of the finished images: less than width and height where edges were repeated
     callback  callable(step, x0_preview_or_None), False stops; or None
     progress  callable(done, total) after each step, or None (True was turned into a bar on stderr)
     warnings  what was changed on the way, for `result.warnings`
@@ -107,6 +121,14 @@ class Request:
     negative_prompt_embeds: Tensor | None
     image: np.ndarray[Any, Any] | None
     strength: float
+    mask: np.ndarray[Any, Any] | None
+    blend: int
+    segmentation: np.ndarray[Any, Any] | None
+    upscale: bool
+    starts_from_image: bool
+    labels: list[int] | None
+    layouts: list[Layout] | None
+    shown: tuple[int, int]
     output_type: str
     callback: Callable[[int, Any], object] | None
     progress: Callable[[int, int], object] | None
@@ -118,6 +140,11 @@ class Request:
     def count(self) -> int:
         """How many images the call makes."""
         return len(self.seeds)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height that the model draws."""
+        return self.width, self.height
 
     @property
     def guided(self) -> bool:
@@ -137,16 +164,27 @@ class Request:
             "guidance_scale": self.guidance_scale,
             "eta": self.eta,
             "seed": self.seeds[index],
-            "width": self.width,
-            "height": self.height,
+            "width": self.shown[0],
+            "height": self.shown[1],
         }
+        if self.labels is not None:
+            kept["label"] = self.labels[index]
+        if self.layouts is not None:
+            kept["layout"] = self.layouts[index]
         if self.shortcuts != Shortcuts():
             kept["shortcuts"] = asdict(self.shortcuts)
         arrays = ("latents", "prompt_embeds", "negative_prompt_embeds")
         missing: dict[str, Any] = {name: True for name in arrays if getattr(self, name) is not None}
-        if self.image is not None:
+        if self.upscale:
+            kept["upscale"] = True
+        elif self.image is not None:
             kept["strength"] = self.strength
-            missing["image"] = images.pixel_hash(self.image[index if len(self.image) > 1 else 0])
+        if self.mask is not None:
+            kept["blend"] = self.blend
+        for name in ("image", "mask", "segmentation"):
+            given = getattr(self, name)
+            if given is not None:
+                missing[name] = images.pixel_hash(given[index if len(given) > 1 else 0])
         if missing:
             kept["not_recorded"] = missing
         return kept
@@ -157,7 +195,7 @@ def check_generate(
     *,
     prompt: object = None,
     steps: object = 25,
-    guidance_scale: object = 7.5,
+    guidance_scale: object = None,
     negative_prompt: object = None,
     seed: object = 0,
     num_images: object = 1,
@@ -169,7 +207,13 @@ def check_generate(
     prompt_embeds: object = None,
     negative_prompt_embeds: object = None,
     image: object = None,
+    mask: object = None,
     strength: object = None,
+    segmentation: object = None,
+    label: object = None,
+    layout: object = None,
+    upscale: object = None,
+    blend: object = None,
     output_type: object = "pil",
     callback: object = None,
     progress: object = None,
@@ -180,14 +224,14 @@ def check_generate(
     """The request that these arguments of generate() describe, or the error that names the first wrong one.
 
     Errors: `InvalidArgument`, one line; `TypeError` for a keyword that does not exist, naming the one meant.
-    Without width and height the size is the image's, each side rounded down to a multiple of the factor (one
-    factor at least), else the model's own.
+    Without width and height the size is the image's or the map's, each side rounded down to a multiple of the
+    factor (one factor at least), else the model's own.
     """
     for name in unknown:
         raise TypeError(unknown_keyword(name))
     count_each = integer("num_images", num_images, 1, MAX_COUNT)
     step_count = integer("steps", steps, 1, limits.max_steps)
-    guidance = number("guidance_scale", guidance_scale, -1000, 1000)
+    guidance = _check_guidance(limits.abilities, guidance_scale)
     eta_value = number("eta", eta, 0, 1)
     sampler_name = limits.default_sampler if sampler is None else choice("sampler", sampler, limits.samplers)
     kind = choice("output_type", output_type, OUTPUT_TYPES)
@@ -198,29 +242,46 @@ def check_generate(
     if cuda_graph is not None and not isinstance(cuda_graph, bool):
         refuse("cuda_graph", cuda_graph, "True, False or None")
 
-    prompts, negatives = _check_prompts(
-        limits, prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, guidance
+    content = check_content(
+        limits.abilities,
+        (limits.context_length, limits.context_dim),
+        guidance != 1.0,
+        prompt=prompt,
+        negative_prompt=negative_prompt,
+        prompt_embeds=prompt_embeds,
+        negative_prompt_embeds=negative_prompt_embeds,
+        label=label,
+        layout=layout,
     )
-    rows = len(negatives)
+    rows = len(content.negatives)
     count = rows * count_each
-    strength_value = _check_strength(strength, image, step_count)
-    if image is not None and latents is not None:
+    canvas = check_canvas(
+        limits.abilities,
+        (limits.factor, limits.default_width, limits.default_height),
+        (count, step_count),
+        image=image,
+        mask=mask,
+        segmentation=segmentation,
+        upscale=upscale,
+        strength=strength,
+        blend=blend,
+        width=width,
+        height=height,
+    )
+    if canvas.starts and latents is not None:
         refuse("latents", latents, "None together with image=")
-    pictures = [] if image is None else images.load_pictures(image, count)
-    factor, default_width, default_height = limits.factor, limits.default_width, limits.default_height
-    if pictures:
-        default_width, default_height = (max(side // factor, 1) * factor for side in pictures[0].size)
-    size = (_side("width", width, default_width, factor), _side("height", height, default_height, factor))
-    _check_memory(limits, *size, count, count_each, "prompt" if prompts else "prompt_embeds")
+    size = canvas.size
+    _check_memory(limits, *size, count, count_each, _rows_name(content))
 
-    seeds = _check_seeds(seed, count)
-    cells = (size[1] // factor, size[0] // factor)
-    resized = sorted({picture.size for picture in pictures if picture.size != size})
-    warnings = tuple(f"image resized from {w}x{h} to {size[0]}x{size[1]} (Lanczos)" for w, h in resized)
+    cells = (size[1] // limits.factor, size[0] // limits.factor)
+
+    def each(values: list[Any] | None) -> list[Any] | None:
+        return None if values is None else [value for value in values for _ in range(count_each)]
+
     return Request(
-        prompts=None if prompts is None else [text for text in prompts for _ in range(count_each)],
-        negatives=[text for text in negatives for _ in range(count_each)],
-        seeds=seeds,
+        prompts=each(content.prompts),
+        negatives=[text for text in content.negatives for _ in range(count_each)],
+        seeds=_check_seeds(seed, count),
         num_images=count_each,
         steps=step_count,
         guidance_scale=guidance,
@@ -231,14 +292,22 @@ def check_generate(
         latents=tensor("latents", latents, (count, limits.latent_channels, *cells)),
         prompt_embeds=tensor("prompt_embeds", prompt_embeds, None),
         negative_prompt_embeds=tensor("negative_prompt_embeds", negative_prompt_embeds, None),
-        image=images.stack(pictures, *size) if pictures else None,
-        strength=strength_value,
+        image=canvas.image,
+        strength=canvas.strength,
+        mask=canvas.mask,
+        blend=canvas.blend,
+        segmentation=canvas.segmentation,
+        upscale=canvas.upscale,
+        starts_from_image=canvas.starts,
+        labels=each(content.labels),
+        layouts=each(content.layouts),
+        shown=canvas.shown,
         output_type=kind,
         callback=callback,
         progress=_bar() if progress is True else progress if callable(progress) else None,
         cuda_graph=cuda_graph,
         shortcuts=check_shortcuts(shortcuts, limits.max_steps),
-        warnings=warnings,
+        warnings=canvas.warnings,
     )
 
 
@@ -251,79 +320,21 @@ def unknown_keyword(name: str) -> str:
     return f"generate() has no argument {name!r}: {hint}"
 
 
-def _check_prompts(
-    limits: Limits, prompt: object, negative: object, embeds: object, negative_embeds: object, guidance: float
-) -> tuple[list[str] | None, list[str]]:
-    """Prompts (None where embeddings, or nothing, stand in) and as many negative prompts."""
-    if limits.context_dim is None:
-        for name, value in (
-            *(("prompt", prompt), ("negative_prompt", negative)),
-            *(("prompt_embeds", embeds), ("negative_prompt_embeds", negative_embeds)),
-        ):
-            if value is not None:
-                refuse(name, value, "None: this model takes no prompt")
-        return None, [""]
-    if embeds is None:
-        if prompt is None:
-            refuse("prompt", prompt, "a string or a list of strings: this model needs a prompt")
-        if negative_embeds is not None:
-            refuse("negative_prompt_embeds", negative_embeds, "None without prompt_embeds=")
-        prompts = _texts("prompt", prompt)
-        return prompts, _negatives(negative, len(prompts))
-    if prompt is not None:
-        refuse("prompt", prompt, "None together with prompt_embeds=")
-    rows, length, _ = shape_of("prompt_embeds", embeds, ("prompts", "tokens", limits.context_dim))
-    if max(rows, length) > MAX_EMBEDS:
-        refuse("prompt_embeds", embeds, f"at most {MAX_EMBEDS} prompts, and as many tokens")
-    if negative_embeds is None:
-        if guidance != 1.0 and length != limits.context_length:
-            allowed = f"{limits.context_length} tokens, or negative_prompt_embeds= of the same shape"
-            refuse("prompt_embeds", embeds, allowed)
-        return None, _negatives(negative, rows)
-    if negative is not None:
-        refuse("negative_prompt", negative, "None together with negative_prompt_embeds=")
-    shape_of("negative_prompt_embeds", negative_embeds, (rows, length, limits.context_dim))
-    return None, [""] * rows
+def _check_guidance(abilities: Abilities, value: object) -> float:
+    if not abilities.guides:
+        if value is not None and number("guidance_scale", value, -1000, 1000) != 1:
+            refuse("guidance_scale", value, "None or 1: this model has nothing to be guided by")
+        return 1.0
+    return abilities.guidance_scale if value is None else number("guidance_scale", value, -1000, 1000)
 
 
-def _texts(name: str, value: object) -> list[str]:
-    """One or more prompts: a string, or a list or tuple of strings."""
-    if isinstance(value, list | tuple) and value:
-        return [_text(f"{name}[{index}]", item) for index, item in enumerate(value)]
-    if isinstance(value, list | tuple):
-        refuse(name, value, "a string or a list of at least one string")
-    return [_text(name, value)]
-
-
-def _text(name: str, value: object) -> str:
-    if not isinstance(value, str):
-        refuse(name, value, "a string")
-    if len(value) > MAX_CHARACTERS:
-        refuse(name, value, f"at most {MAX_CHARACTERS} characters, not {len(value)}")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError:
-        refuse(name, value, "text without lone surrogates")
-    return str(value)
-
-
-def _negatives(value: object, rows: int) -> list[str]:
-    """One negative prompt a prompt."""
-    texts = [""] if value is None else _texts("negative_prompt", value)
-    if isinstance(value, list | tuple) and len(texts) != rows:
-        refuse("negative_prompt", value, f"one string, or one a prompt ({rows})")
-    return texts if len(texts) == rows else texts * rows
-
-
-def _check_strength(value: object, image: object, steps: int) -> float:
-    if value is None:
-        value = 1.0 if image is None else DEFAULT_STRENGTH
-    elif image is None:
-        refuse("strength", value, "None without image=")
-    strength = number("strength", value, 0, 1)
-    if strength == 0 or int(steps * strength) < 1:
-        refuse("strength", value, f"0 < strength ≤ 1 with at least one of the {steps} steps left")
-    return strength
+def _rows_name(content: Content) -> str:
+    """The argument that the rows come from."""
+    if content.labels is not None:
+        return "label"
+    if content.layouts is not None:
+        return "layout"
+    return "prompt" if content.prompts else "prompt_embeds"
 
 
 def _check_memory(limits: Limits, width: int, height: int, count: int, each: int, rows_name: str) -> None:
@@ -355,13 +366,6 @@ def _check_seeds(value: object, count: int) -> list[int]:
     if len(value) != count:
         refuse("seed", value, f"an integer, or a list of one an image ({count})")
     return [integer(f"seed[{index}]", item, MIN_SEED, MAX_SEED) for index, item in enumerate(value)]
-
-
-def _side(name: str, value: object, default: int, factor: int) -> int:
-    side = default if value is None else integer(name, value, 1, MAX_COUNT)
-    if side % factor:
-        refuse(name, value, f"a multiple of {factor}")
-    return side
 
 
 def _bar() -> Callable[[int, int], object]:

@@ -139,7 +139,7 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
 
     Errors: `InvalidArgument` "path" where the file is no PNG, or its `fastldm` chunk is no JSON object.
     """
-    with _open(path, "path", ("PNG",)) as picture:
+    with open_picture(path, "path", ("PNG",)) as picture:
         text, chunk = picture.info.get("parameters"), picture.info.get("fastldm")
     if chunk is None:
         return {"parameters": text, "fastldm": None}
@@ -242,7 +242,7 @@ def _load(value: object) -> Picture:
     if isinstance(value, Image.Image):
         return _rgb(value, "image", value)
     if isinstance(value, str | os.PathLike):
-        with _open(value, "image", FORMATS) as picture:
+        with open_picture(value, "image", FORMATS) as picture:
             return _rgb(picture, "image", os.fspath(value))
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(value, torch.Tensor):
@@ -258,7 +258,7 @@ def _load(value: object) -> Picture:
     return FloatPicture(np.array(value, np.float32, order="C"))
 
 
-def _open(path: str | os.PathLike[str], name: str, formats: tuple[str, ...]) -> Image.Image:
+def open_picture(path: str | os.PathLike[str], name: str, formats: tuple[str, ...]) -> Image.Image:
     """An image file of one of these formats and of bounded size, its header read, nothing decoded."""
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would block, a device has no end

@@ -14,14 +14,13 @@ from functools import cached_property, partial
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from fastldm import __version__, footprint, ops
 from fastldm.arguments import Limits, Request, check_generate
 from fastldm.checkpoint import Components, inspect
 from fastldm.diffusion import SamplerTable, build_table
-from fastldm.errors import CheckpointError, InvalidArgument, NonFiniteOutput, OutOfMemory
+from fastldm.errors import InvalidArgument, NonFiniteOutput, OutOfMemory
 from fastldm.lora import MergedLoras
 from fastldm.models.layers import channels_last
 from fastldm.models.text import TextConditioner, TextEmbeddings
@@ -29,11 +28,13 @@ from fastldm.models.unet import UNetCondition
 from fastldm.models.vae_strips import decode, peak_bytes
 from fastldm.result import Clock, Result
 from fastldm.runtime.graphs import CudaRecorder, Graphs
-from fastldm.runtime.memory import TensorCache, available_bytes, out_of_memory, to_device, to_host, visiting
+from fastldm.runtime.memory import TensorCache, available_bytes, out_of_memory, to_device, visiting
 from fastldm.runtime.segments import segments
 from fastldm.runtime.slots import CachingSlots, Group, Outcome, Slots, Watch, smallest, split, watcher
 from fastldm.runtime.turns import Turns
 from fastldm.runtime.weights import Weights
+from fastldm.tasks.beside import beside_of
+from fastldm.tasks.pictures import Draw, Pictures
 
 EMBEDDED, CONDITIONED = 16 << 20, 128 << 20  # bytes kept of embedded text, and of its keys and values
 
@@ -52,9 +53,8 @@ class Pipeline:
         offload_text_encoder: bool = False,
     ) -> None:
         shape = components.unet.config
-        if shape.inpaints:
-            why = f"is {shape.in_channels}: generate() cannot feed the channels of an inpainting model yet"
-            raise CheckpointError(components.path, "unet in_channels", why)
+        beside = beside_of(components.family, shape.in_channels, shape.latent_channels)
+        self.pictures = Pictures(components.vae, beside, device)
         self.components, self.device, self.dtype, self.backends = components, device, dtype, backends
         networks = (components.unet, components.vae, components.text_encoder)
         for network in networks:
@@ -93,6 +93,7 @@ class Pipeline:
             memory_bytes=available_bytes(self.device),
             bytes_per_pixel=3 * (2 * self.dtype.itemsize + 12),  # of a finished image and its conversion
             context_length=self.text.length,
+            abilities=self.components.abilities,
         )
 
     def generate(self, prompt: str | list[str] | None = None, **arguments: Any) -> Result:
@@ -210,7 +211,7 @@ class Pipeline:
             output = (
                 latents.contiguous()
                 if request.output_type == "latent"
-                else self.decode(latents, request.output_type, request.cuda_graph)
+                else self.decode(latents, request.output_type, request.cuda_graph, request)
             )
             clock.lap("decode")
         eager = () if request.cuda_graph is False else dict.fromkeys(self.graphs.failures.values())
@@ -279,25 +280,18 @@ class Pipeline:
         if request.latents is not None:
             given = torch.as_tensor(request.latents)[images.start : images.stop]
             return given.to(self.device, torch.float32) * table.initial_scale
-        if request.image is None:
+        if not request.starts_from_image:
             return self._noise(shape, generators) * table.initial_scale
-        config = self.components.vae.config
-        pixels = torch.from_numpy(request.image).permute(0, 3, 1, 2)
-        pixels = (
-            pixels[images.start : images.stop] if len(pixels) > 1 else pixels.expand(len(images), -1, -1, -1)
-        )
-        clean = []
-        for picture, generator in zip(
-            pixels, generators, strict=True
-        ):  # the posterior is drawn before the noise
-            posterior = self.components.vae.encode((picture[None] * 2 - 1).to(self.device, self.dtype))
-            clean.append(posterior.sample(self._noise(shape, [generator]).to(self.dtype)).float())
-        x0 = (torch.cat(clean) - config.shift_factor) * config.scaling_factor
+        x0 = self.pictures.clean(request, images, self._draws(generators))
         return table.start_alpha * x0 + table.start_sigma * self._noise(shape, generators)
 
+    def _draws(self, generators: list[torch.Generator]) -> list[Draw]:
+        """Each image's own noise, of the shape asked for."""
+        return [partial(self._noise, generators=[generator]) for generator in generators]
+
     def _noise(self, shape: tuple[int, ...], generators: list[torch.Generator]) -> Tensor:
-        """Unit noise float32, each image's from its own CPU generator, so that it depends on nothing but
-        the seed.
+        """Unit noise float32 of a shape, each image's from its own CPU generator, so that it depends on
+        nothing but the seed.
         """
         drawn = [torch.randn((1, *shape), generator=generator) for generator in generators]
         return to_device(torch.cat(drawn), self.device)
@@ -314,6 +308,7 @@ class Pipeline:
     ) -> Group:
         """These images, ready to be denoised: with what their steps share, computed once."""
         rows = [half + i for half in range(0, len(text.context), request.count) for i in images]
+        beside = self.pictures.beside(request, images, self._draws(generators))
         return Group(
             latents=latents,
             table=table.rows,
@@ -324,6 +319,7 @@ class Pipeline:
             time_bias=self.components.unet.time_bias(
                 to_device(table.timesteps.float(), self.device), self.dtype
             ),
+            concat_bias=None if beside is None else self.components.unet.concat_bias(beside.to(self.dtype)),
             watch=watch,
             whole_every=request.shortcuts.whole_every,
         )
@@ -343,8 +339,8 @@ class Pipeline:
         unet = self.components.unet
 
         def predict(network: Callable[..., Tensor], latents: Tensor, *rest: Any, **deep: Tensor) -> Tensor:
-            context, lengths, time_bias, step = rest
-            return network(latents, UNetCondition(context, time_bias, lengths), step, **deep)
+            context, lengths, concat_bias, time_bias, step = rest
+            return network(latents, UNetCondition(context, time_bias, lengths, concat_bias), step, **deep)
 
         name, whole = "the step", partial(predict, unet)
         build: Callable[..., Slots] = partial(Slots, whole)
@@ -359,27 +355,26 @@ class Pipeline:
                 cuda_graph,
             )
 
-    def decode(self, latents: Tensor, output_type: str = "pil", cuda_graph: bool | None = False) -> Any:
+    def decode(
+        self,
+        latents: Tensor,
+        output_type: str = "pil",
+        cuda_graph: bool | None = False,
+        request: Request | None = None,
+    ) -> Any:
         """Latents [n, C, h, w] → images as `Result.images` has them, one at a time; large ones in strips.
 
-        cuda_graph: as in `generate`, within a `turn`.
+        cuda_graph: as in `generate`, within a `turn`. request: whose picture stays outside its mask.
         """
         vae = self.components.vae
         latents = (latents / vae.config.scaling_factor + vae.config.shift_factor).to(self.dtype)
         run = partial(self.graphs.call, "the decoder", vae.decode, wanted=cuda_graph)
         decoded = decode(vae, latents, run).float()
         finite = torch.isfinite(decoded).all()
-        if output_type == "pil":
-            made = decoded.mul(127.5).add(127.5).clamp_(0, 255).round_().to(torch.uint8)
-        else:
-            made = decoded.mul(0.5).add(0.5).clamp_(0, 1)
-        made = made.contiguous() if output_type == "pt" else to_host(made.permute(0, 2, 3, 1).contiguous())
+        made = self.pictures.finished(decoded, output_type, request)
         if not finite:
             raise NonFiniteOutput(f"the decoded image is not finite; dtype is {self.dtype}")
-        if output_type == "pt":
-            return made
-        pictures = made.numpy()
-        return [Image.fromarray(picture) for picture in pictures] if output_type == "pil" else pictures
+        return made
 
     @cached_property
     def _hash(self) -> str:

@@ -52,10 +52,26 @@ def calls_of(model: str, dtype: torch.dtype) -> list[Call]:
         beside = shape.in_channels - shape.latent_channels  # a mask and masked latents
         concat = torch.empty(1, beside, *latents.shape[2:], dtype=dtype) if beside else None
         once = unet.condition(context, torch.empty(1), concat)
-        group = Group(latents, torch.empty(2, 9), (False,), (), list(once.context), None, once.time_bias[0])
+        group = Group(
+            latents=latents,
+            table=torch.empty(2, 9),
+            draws=(False,),
+            generators=(),
+            context=list(once.context),
+            lengths=None,
+            time_bias=once.time_bias[0],
+            concat_bias=once.concat_bias,
+        )
 
-        def predict(x: Tensor, context: Tensor, lengths: Tensor | None, bias: Tensor, step: Tensor) -> Tensor:
-            return unet(x, UNetCondition(context, bias, lengths, once.concat_bias), step)
+        def predict(
+            x: Tensor,
+            context: Tensor,
+            lengths: Tensor | None,
+            concat_bias: Tensor | None,
+            bias: Tensor,
+            step: Tensor,
+        ) -> Tensor:
+            return unet(x, UNetCondition(context, bias, lengths, concat_bias), step)
 
         slots = Slots(predict, group, 1, guided=True, dtype=dtype)
         with recording() as calls:

@@ -15,7 +15,10 @@ PACKAGE = ROOT / "fastldm"
 SOURCES = {".py", ".cpp", ".cu", ".cuh", ".h"}
 
 MODELS = {"models", "ops", "diffusion", "checks", "errors"}
-FRONT = {"arguments", "shortcuts", "checks", "images", "result", "errors"}
+FRONT = {
+    *("arguments", "abilities", "canvas", "prompts", "maps", "words"),
+    *("shortcuts", "checks", "images", "result", "errors"),
+}
 STAGES = {"runtime", "checkpoint", "tasks", "presets"}
 # What each part of fastldm may import of fastldm: nothing that stands below it here, so imports run one way.
 MAY_IMPORT: dict[str, set[str]] = {
@@ -23,19 +26,24 @@ MAY_IMPORT: dict[str, set[str]] = {
     "checks": {"errors"},
     "images": {"checks", "errors"},
     "shortcuts": {"checks", "errors"},
-    "arguments": {"shortcuts", "images", "checks", "errors"},
+    "abilities": {"errors"},
+    "words": set(),
+    "maps": {"images", "checks", "errors"},
+    "prompts": {"abilities", "words", "checks", "errors"},
+    "canvas": {"abilities", "prompts", "maps", "images", "checks", "errors"},
+    "arguments": {"abilities", "canvas", "prompts", "shortcuts", "images", "checks", "errors"},
     "result": {"shortcuts", "images", "checks", "errors"},
     "diffusion": {"checks", "errors"},
-    "scenes": {"errors"},
+    "scenes": {"words", "errors"},
     "ops": {"_C", "_cuda", "errors"},
     "kernels": {"_cuda", "ops", "errors"},
     "models": {"ops", "checks", "errors"},
     "runtime": {"ops", "errors"},
     "presets": MODELS,
-    "checkpoint": {"presets", *MODELS},
-    "tasks": {"presets", *MODELS},
+    "checkpoint": {"abilities", "presets", *MODELS},
+    "tasks": {"runtime", "presets", *MODELS},
     "lora": {"checkpoint", "checks", "errors"},
-    "training": {"checkpoint", "scenes", "images", *MODELS},
+    "training": {"abilities", "checkpoint", "scenes", "images", *MODELS},
     "footprint": {"arguments", "checkpoint", "models", "ops", "errors"},
     "pipeline": {"footprint", "lora", *STAGES, *FRONT, *MODELS},
     "api": {"pipeline", *STAGES, *FRONT, *MODELS},

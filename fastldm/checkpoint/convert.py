@@ -10,6 +10,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from fastldm.checkpoint.container import Entry, Payload, write_safetensors
+from fastldm.checkpoint.defaults import ABILITIES, default_abilities
 from fastldm.checkpoint.load import Config, open_source, pad_id, read_scheduler, read_tokenizer
 from fastldm.checkpoint.networks import build
 from fastldm.checkpoint.rename import CLIP, OPEN_CLIP
@@ -48,7 +49,7 @@ def convert(
     if model.path.is_file():
         configs = {name: part.config for name, part in model.parts.items()}
         weights = {name: _payloads(part.tensors) for name, part in model.parts.items()}
-        write_folder(place, configs, weights, words, model.scheduler)
+        write_folder(place, configs, weights, words, model.scheduler, model.abilities)
     else:
         write_safetensors(place, _payloads(single_tensors(model)), _metadata(model, prediction, words))
     return place
@@ -102,6 +103,8 @@ def _metadata(model: Source, prediction: str, tokenizer: Tokenizer) -> dict[str,
     """What the tensors of a single file do not tell."""
     embedded: dict[str, object] = {name: part.config for name, part in model.parts.items()}
     embedded["scheduler"] = model.scheduler
+    if model.abilities != default_abilities(model.family):
+        embedded[ABILITIES] = model.abilities.to_dict()
     if not _is_plain_clip(tokenizer, model.family):
         with TemporaryDirectory() as folder:
             tokenizer.save(folder)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fastldm.checkpoint.container import Entry, SafetensorsFile
+from fastldm.checkpoint.defaults import ABILITIES, read_abilities
 from fastldm.checkpoint.detect import FOREIGN_CLASSES, family_of
 from fastldm.checkpoint.limits import read_json
 from fastldm.checkpoint.overrides import overlay
@@ -33,7 +34,8 @@ def open_folder(path: Path, overrides: Mapping[str, Any]) -> Source:
     """Read a diffusers folder's configurations and the headers of its weight files."""
     if not (path / INDEX).is_file():
         raise CheckpointError(path, None, _not_a_model(path))
-    _check_index(path / INDEX, read_json(path / INDEX))
+    index = read_json(path / INDEX)
+    _check_index(path / INDEX, index)
     skipped = Skipped()
     files: list[SafetensorsFile] = []
     parts = {}
@@ -44,10 +46,12 @@ def open_folder(path: Path, overrides: Mapping[str, Any]) -> Source:
         parts[name] = Part(config, config_file, weight_file, _tensors(name, shards, skipped), lambda key: key)
         files += shards
     scheduler_file = path / "scheduler" / "scheduler_config.json"
+    family = family_of(parts["unet"].config)
     return Source(
         path=path,
-        family=family_of(parts["unet"].config),
+        family=family,
         parts=parts,
+        abilities=read_abilities(family, index.get(ABILITIES), path / INDEX),
         scheduler=overlay(read_json(scheduler_file), overrides.get("scheduler")),
         scheduler_file=scheduler_file,
         tokenizer=path / "tokenizer",

@@ -17,7 +17,7 @@ from fastldm.errors import CheckpointError
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """A model's facts: parameters by network and in all; what was skipped, counted by kind.
+    """A model's facts: the tasks it does; parameters by network and in all; what was skipped, by kind.
 
     `hash` is the sha256 of a single file, of a folder that of its weight files' lines "sha256  name", sorted
     by name.
@@ -26,6 +26,7 @@ class ModelInfo:
     path: str
     layout: str
     family: str
+    tasks: tuple[str, ...]
     parameters: dict[str, int]
     dtype: str
     scheduler: str
@@ -53,6 +54,7 @@ def inspect(path: str | os.PathLike[str], config: Config = None) -> ModelInfo:
         path=str(source.path),
         layout="folder" if source.path.is_dir() else "single file",
         family=source.family,
+        tasks=source.abilities.tasks,
         parameters={**parameters, "total": sum(parameters.values())},
         dtype=", ".join(dtype for dtype, _ in dtypes.most_common()),
         scheduler=scheduler.class_name,

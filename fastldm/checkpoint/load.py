@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastldm.abilities import Abilities
 from fastldm.checkpoint.folder import open_folder
 from fastldm.checkpoint.hub import resolve
 from fastldm.checkpoint.limits import check_structure
@@ -45,6 +46,7 @@ class Components:
     scheduler: SchedulerConfig
     warnings: tuple[str, ...]
     path: Path
+    abilities: Abilities = Abilities()
 
 
 def open_source(path: str | os.PathLike[str], config: Config = None) -> Source:
@@ -84,6 +86,7 @@ def load_components(
         scheduler=scheduler,
         warnings=(*source.warnings, *scheduler.warnings),
         path=source.path,
+        abilities=source.abilities,
     )
 
 

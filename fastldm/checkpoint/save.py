@@ -10,8 +10,10 @@ from typing import Any
 
 import torch
 
+from fastldm.abilities import Abilities
 from fastldm.checkpoint.atomic import replacing
 from fastldm.checkpoint.container import Payload, write_safetensors
+from fastldm.checkpoint.defaults import ABILITIES, default_abilities
 from fastldm.checkpoint.detect import family_of
 from fastldm.checkpoint.folder import INDEX
 from fastldm.checkpoint.tensors import payload
@@ -38,11 +40,12 @@ def save_folder(
     tokenizer: Tokenizer,
     scheduler: SchedulerConfig | Mapping[str, Any],
     dtype: torch.dtype | None = None,
+    abilities: Abilities = Abilities(),  # noqa: B008
 ) -> None:
     """Write a model as a diffusers folder, its weights in `dtype` (None: as they are).
 
-    A model that is there already is replaced once the new one is complete. CheckpointError when it cannot be
-    written.
+    `abilities`: what it can be asked for. A model that is there already is replaced once the new one is
+    complete. CheckpointError when it cannot be written.
     """
     networks: dict[str, Any] = {"unet": unet, "vae": vae, "text_encoder": text_encoder}
     weights = {
@@ -51,7 +54,7 @@ def save_folder(
     }
     configs = {part: network.config.to_dict() for part, network in networks.items()}
     fields = scheduler.to_dict() if isinstance(scheduler, SchedulerConfig) else scheduler
-    write_folder(Path(os.path.abspath(folder)), configs, weights, tokenizer, fields)
+    write_folder(Path(os.path.abspath(folder)), configs, weights, tokenizer, fields, abilities)
 
 
 def write_folder(
@@ -60,6 +63,7 @@ def write_folder(
     weights: Mapping[str, Mapping[str, Payload]],
     tokenizer: Tokenizer,
     scheduler: Mapping[str, Any],
+    abilities: Abilities,
 ) -> None:
     """Write a diffusers folder from its parts; parent folders are made as needed."""
     with replacing(folder) as temporary:
@@ -74,7 +78,7 @@ def write_folder(
         _write_json(temporary / "scheduler" / "scheduler_config.json", scheduler)
         kind = json.loads((temporary / "tokenizer" / "tokenizer_config.json").read_bytes())["tokenizer_class"]
         task = "Inpaint" if family_of(configs["unet"]).endswith("-inpaint") else ""
-        index = {
+        index: dict[str, Any] = {
             "_class_name": f"StableDiffusion{task}Pipeline",
             "feature_extractor": [None, None],
             "requires_safety_checker": False,
@@ -85,6 +89,8 @@ def write_folder(
             "unet": ["diffusers", "UNet2DConditionModel"],
             "vae": ["diffusers", configs["vae"]["_class_name"]],
         }
+        if abilities != default_abilities(family_of(configs["unet"])):
+            index[ABILITIES] = abilities.to_dict()
         _write_json(temporary / INDEX, index)
 
 

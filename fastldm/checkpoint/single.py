@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from fastldm.checkpoint.container import Entry, SafetensorsFile
-from fastldm.checkpoint.defaults import SCHEDULERS
+from fastldm.checkpoint.defaults import ABILITIES, SCHEDULERS, read_abilities
 from fastldm.checkpoint.detect import (
     Shapes,
     family_of,
@@ -75,6 +75,7 @@ def open_single(path: Path, overrides: Mapping[str, Any]) -> Source:
         path=path,
         family=family,
         parts=parts,
+        abilities=read_abilities(family, embedded.get(ABILITIES), path),
         scheduler=overlay({**scheduler, "prediction_type": prediction}, overrides.get("scheduler")),
         scheduler_file=path,
         tokenizer=embedded.get("tokenizer"),
@@ -144,7 +145,7 @@ def _embedded(file: SafetensorsFile) -> dict[str, Any]:
     found = parse_json(text.encode(), file.path, where)
     if not isinstance(found, dict) or not all(isinstance(value, dict) for value in found.values()):
         raise CheckpointError(file.path, where, "must map names to objects")
-    if not set(found) <= {*PARTS, "scheduler", "tokenizer"}:
+    if not set(found) <= {*PARTS, "scheduler", "tokenizer", ABILITIES}:
         raise CheckpointError(file.path, where, f"has unknown names: {', '.join(sorted(found))}")
     for name, content in found.get("tokenizer", {}).items():
         if name not in TOKENIZER_FILES or not isinstance(content, str):

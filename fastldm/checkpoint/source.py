@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fastldm.abilities import Abilities
 from fastldm.checkpoint.container import Entry, SafetensorsFile
 from fastldm.checkpoint.rename import harmless
 
@@ -31,6 +32,7 @@ class Source:
     path: Path
     family: str
     parts: dict[str, Part]
+    abilities: Abilities
     scheduler: dict[str, Any]
     scheduler_file: Path
     tokenizer: Path | dict[str, str] | None  # a folder; or files embedded in a single file; None: CLIP's

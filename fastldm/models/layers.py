@@ -117,14 +117,16 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Nearest-neighbour 2× enlargement and a 3×3 convolution."""
+    """Nearest-neighbour 2× enlargement, or to the size given, and a 3×3 convolution."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.conv = Conv2d(width, width, 3, padding=1)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, size: torch.Size | None = None) -> Tensor:
         assert self.conv.bias is not None
+        if size is not None and size != torch.Size(2 * side for side in x.shape[2:]):
+            return self.conv(nn.functional.interpolate(x, size, mode="nearest"))
         return ops.upsample_conv(x, self.conv.weight, self.conv.bias)
 
 

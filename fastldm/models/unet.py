@@ -205,10 +205,11 @@ class Level(nn.Module):
     def forward(self, x: Tensor, state: StepState) -> Tensor:
         for i in range(len(self.resnets)):
             x = self.block(i, x, state)
-        for resample in (*self.downsamplers, *self.upsamplers):
-            x = resample(x)
-            if not self.goes_up:
-                state.skips.append(x)
+        for downsample in self.downsamplers:
+            x = downsample(x)
+            state.skips.append(x)
+        for upsample in self.upsamplers:
+            x = upsample(x, state.skips[-1].shape[2:])
         return x
 
     def block(self, i: int, x: Tensor, state: StepState) -> Tensor:
@@ -307,19 +308,21 @@ class UNet(nn.Module):
         different ones; concat [B, C', H, W]: channels beside the latents (mask, masked latents, hints), zero
         if None; context_length int [R]: tokens of each row, None when all count.
         """
-        concat_bias = None
-        if concat is not None:
-            share = self.conv_in.weight[:, self.config.latent_channels :]
-            concat_bias = ops.conv2d(
-                concat.contiguous(memory_format=torch.channels_last), share, self.conv_in.bias, padding=1
-            )
         time_bias = self.time_bias(timesteps, context.dtype)
         return UNetCondition(
             self.keys_values(context),
             time_bias if time_bias.dim() == 3 else time_bias[None],
             context_length,
-            concat_bias,
+            None if concat is None else self.concat_bias(concat),
         )
+
+    def concat_bias(self, concat: Tensor) -> Tensor:
+        """The share in conv_in, its bias included, of channels beside the latents: [B, C', H, W] → [B, width,
+        H, W].
+        """
+        share = self.conv_in.weight[:, self.config.latent_channels :]
+        concat = concat.contiguous(memory_format=torch.channels_last)
+        return ops.conv2d(concat, share, self.conv_in.bias, padding=1)
 
     def keys_values(self, context: Tensor) -> Tensor:
         """The keys and values of every cross-attention: context [R, L, D] → [R, K], as in UNetCondition."""

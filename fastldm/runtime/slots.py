@@ -26,9 +26,9 @@ from fastldm.runtime.memory import out_of_memory, to_device
 SIZES = (1, 2, 4, 8)
 WINDOW = 32
 
-# latents [B, C, H, W], context [R, K], its lengths [R] or None, time biases [B, steps, M], step [B]
-# → prediction [R, C, H, W]
-Predict = Callable[[Tensor, Tensor, Tensor | None, Tensor, Tensor], Tensor]
+# latents [B, C, H, W], context [R, K], its lengths [R] or None, the share of the channels beside the latents
+# [B, width, H, W] or None, time biases [B, steps, M], step [B] → prediction [R, C, H, W]
+Predict = Callable[[Tensor, Tensor, Tensor | None, Tensor | None, Tensor, Tensor], Tensor]
 # (step, its clean latents as estimated [n, C, H, W], if asked for) → whether to stop
 Watch = Callable[[int, Callable[[], Tensor]], bool]
 
@@ -63,6 +63,9 @@ class Group:
     context: Sequence[Tensor]  # n or, guided, 2n rows [K], the unconditional half first
     lengths: Sequence[int] | None  # tokens of each row that count; None: all
     time_bias: Tensor  # [steps, M]
+    concat_bias: Tensor | None = (
+        None  # [n, width, H, W]: the share in conv_in of what stands beside the latents
+    )
     watch: Watch | None = None
     x0: Tensor | None = None  # [n, C, H, W] of a step before the first; None: there was none
     whole_every: int = 1  # as in Shortcuts; more than 1 is for CachingSlots
@@ -70,7 +73,8 @@ class Group:
     @property
     def shape(self) -> tuple[Hashable, ...]:
         """What slots must have been made for to take this group."""
-        return *self.latents.shape[1:], self.context[0].shape, self.lengths is not None
+        beside = None if self.concat_bias is None else self.concat_bias.shape[1:]
+        return *self.latents.shape[1:], self.context[0].shape, self.lengths is not None, beside
 
     @property
     def guided(self) -> bool:
@@ -132,6 +136,10 @@ class Slots(Work):
         self.step = torch.full((count,), WINDOW, device=device)
         self.context = torch.zeros(rows, *like.context[0].shape, dtype=dtype, device=device)
         self.lengths = None if like.lengths is None else torch.ones(rows, dtype=torch.long, device=device)
+        self.concat_bias: Tensor | None = None
+        if like.concat_bias is not None:
+            beside = torch.zeros((count, *like.concat_bias.shape[1:]), dtype=dtype, device=device)
+            self.concat_bias = beside.to(memory_format=torch.channels_last)
         self.time_bias = torch.zeros(count, WINDOW + 1, like.time_bias.shape[1], dtype=dtype, device=device)
         self._last_step: torch.cuda.Event | None = None
 
@@ -140,7 +148,8 @@ class Slots(Work):
 
     def launch(self) -> None:
         """One step of every slot: model, guidance, update, next input."""
-        out = self.predict(self.model_input, self.context, self.lengths, self.time_bias, self.step)
+        conditions = self.context, self.lengths, self.concat_bias, self.time_bias, self.step
+        out = self.predict(self.model_input, *conditions)
         ops.guided_step(self.latents, self.x0, self.model_input, out, self.noise, self.table, self.step)
         self.step.add_(1).clamp_(max=WINDOW)
 
@@ -164,6 +173,8 @@ class Slots(Work):
                 self.x0[place].zero_()
             else:
                 self.x0[place] = group.x0[i]
+            if self.concat_bias is not None and group.concat_bias is not None:
+                self.concat_bias[place] = group.concat_bias[i]
             for half in range(self.halves):
                 row = (i + half * len(places)) % len(group.context)
                 self.context[place + half * self.count] = group.context[row]

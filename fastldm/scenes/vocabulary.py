@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fastldm.scenes.palette import COLOURS, KINDS
+from fastldm.words import BINS, LABEL, LAYOUT
 
 NOUNS: dict[str, tuple[tuple[str, str], ...]] = {
     kind: ((kind, kind if kind == "fish" else kind + "s"),) for kind in KINDS
@@ -111,12 +112,6 @@ SKY_PHRASES: dict[str, tuple[str, ...]] = {
     "sunset": ("at sunset", "in the evening", "under a sunset sky", "under an evening sky"),
     "night": ("at night", "under a night sky", "under a starry sky", "on a dark night"),
 }
-
-LABEL, LAYOUT = "label", "layout"
-"""The first words of the prompts that are no English: see `fastldm.scenes.prompts`."""
-
-BINS = tuple(f"p{i}" for i in range(32))
-"""The words for an edge of a box in a layout prompt."""
 
 _GRAMMAR = """
 , . a an the of on in at to with and is are there it one 1 single this

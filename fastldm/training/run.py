@@ -11,23 +11,24 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fastldm.abilities import Abilities
 from fastldm.checkpoint import load_components, save_folder
 from fastldm.checkpoint.atomic import replacing
 from fastldm.models.layers import channels_last
 from fastldm.models.tokenizer import Tokenizer
 from fastldm.models.vae import AutoencoderKL
 from fastldm.models.vq import VQModel
-from fastldm.scenes import VOCABULARY
+from fastldm.scenes import KINDS, VOCABULARY
 from fastldm.training.autoencoder import encode_all, train_autoencoder, train_decoder
-from fastldm.training.config import JudgeConfig, TrainConfig, read_config
+from fastldm.training.config import DiffusionSection, JudgeConfig, TrainConfig, read_config
 from fastldm.training.data import PictureData, SceneData
 from fastldm.training.diffusion import TextToLatents, new_unet, train_diffusion
 from fastldm.training.folder import FolderData
-from fastldm.training.hints import make_hints
+from fastldm.training.hints import UPSCALING, make_hints
 from fastldm.training.judge import train_judge
 from fastldm.training.parallel import joined, local_device
 from fastldm.training.reconstruction import reconstruction_report
-from fastldm.training.samples import PROMPTS, draw_samples
+from fastldm.training.samples import GUIDANCE, PROMPTS, draw_samples
 from fastldm.training.session import Session
 from fastldm.training.text import new_text_encoder, train_text_encoder
 
@@ -82,10 +83,29 @@ def _train(config: TrainConfig, report: Callable[[str], None], strict: bool) -> 
                 tokenizer=tokenizer,
                 scheduler=section.scheduler,
                 dtype=torch.bfloat16,
+                abilities=abilities(data, section),
             )
         workers.wait()
         session.say(f"wrote {config.output}")
     return config.output
+
+
+def abilities(data: PictureData, section: DiffusionSection) -> Abilities:
+    """What a model trained on this data can be asked for: tasks that it has seen hints of, and on scenes
+    labels and layouts, which are among their captions.
+    """
+    hinted = section.hinted > 0
+    learned = Abilities(inpainting=hinted, upscaling=UPSCALING if hinted else 0)
+    if not isinstance(data, SceneData):
+        return learned
+    return replace(
+        learned,
+        classes=len(KINDS),
+        labels=KINDS,
+        layout=True,
+        segmentation=("background", *KINDS) if hinted else (),
+        guidance_scale=GUIDANCE,
+    )
 
 
 def first_stages(

@@ -1,0 +1,1 @@
+"""What a task adds to the latents, and to the finished picture."""
