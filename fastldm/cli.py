@@ -1,8 +1,7 @@
 """The command line: fastldm generate | info | convert | doctor | bench | train | tune.
 
 Every error of the user's is one line on stderr and exit code 2. Nothing but argparse is imported before a
-command runs, so that --help and --version answer at once. Options of `generate` have no defaults here: what
-is not given is not passed.
+command runs, so that --help and --version answer at once.
 """
 
 from __future__ import annotations
@@ -15,26 +14,16 @@ import io
 import json
 import os
 import sys
-import time
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn, TypeAlias
 
 import fastldm
 from fastldm.bench import options as bench_options
+from fastldm.cli_generate import CONFIG_HELP, TOKENIZER_HELP, add_options, generate, one_line
 from fastldm.errors import FastLDMError, InvalidArgument
 
 Facts: TypeAlias = Mapping[str, Any]
-
-# What --replay takes from a file. A path in a foreign file is never followed.
-REPLAYED = (
-    "prompt negative_prompt steps sampler guidance_scale eta seed width height strength shortcuts".split()
-)
-CONFIG_HELP = "of a single file: a JSON file, a diffusers folder, v_prediction or epsilon"
-TOKENIZER_HELP = "a tokenizer folder or tokenizer.json"
-SHORTCUTS = "guidance_interval whole_every".split()
-LOADING = "model device dtype config tokenizer backends offload_text_encoder".split()
-CHECKED_PATHS = 4096  # more images than this are refused by the memory limit
 
 
 class Parser(argparse.ArgumentParser):
@@ -44,7 +33,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, **options)
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"fastldm: error: {_one_line(message)}\n")
+        self.exit(2, f"fastldm: error: {one_line(message)}\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -70,45 +59,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("fastldm: interrupted", file=sys.stderr)
         return 130
     except (FastLDMError, OSError, ImportError) as error:
-        print(f"fastldm: error: {_one_line(str(error))}", file=sys.stderr)
+        print(f"fastldm: error: {one_line(str(error))}", file=sys.stderr)
         return 2
     return 0
-
-
-def generate(options: dict[str, Any]) -> None:
-    """Make pictures and print the path of each."""
-    from fastldm import images
-
-    as_grid, quiet = options.pop("grid", False), options.pop("quiet", False)
-    replay, output = options.pop("replay", None), options.pop("output", None)
-    if output is None:
-        output = "out.png" if replay is None else f"{os.path.splitext(replay)[0]}-replay.png"
-    loading = {name: options.pop(name) for name in LOADING if name in options}
-    loras = options.pop("lora", [])
-    shortcuts = {name: options.pop(name) for name in SHORTCUTS if name in options}
-    if shortcuts:
-        options["shortcuts"] = shortcuts
-    if replay is not None:
-        model, recorded = _replayed(replay, options, loading, loras)
-        options = recorded | options
-        loading.setdefault("model", model)
-    count = options.get("num_images", 1)
-    images.output_paths(output, count if 1 <= count <= CHECKED_PATHS and not as_grid else 1)
-
-    started = time.perf_counter()
-    pipe = fastldm.load(loading.pop("model", "default"), **loading)
-    for lora, weight in loras:
-        pipe.load_lora(lora, weight)
-    loaded = time.perf_counter() - started
-    result = pipe.generate(progress=not quiet and _is_terminal(sys.stderr), **options)
-    for warning in result.warnings:
-        print(f"fastldm: warning: {_one_line(warning)}", file=sys.stderr)
-    for path in result.save(output, as_grid=as_grid):
-        print(path)
-    if not quiet:
-        seconds = {"load": loaded} | result.timings
-        split = ", ".join(f"{stage} {value:.2f} s" for stage, value in seconds.items())
-        print(f"fastldm: seed {', '.join(map(str, result.seeds))}; {split}", file=sys.stderr)
 
 
 def info(options: dict[str, Any]) -> None:
@@ -181,36 +134,6 @@ def tune(options: dict[str, Any]) -> None:
         print(tuning.run(**options))
 
 
-def _replayed(path: str, options: Facts, loading: Facts, loras: list[Any]) -> tuple[str, dict[str, Any]]:
-    """The model and the arguments that a PNG records; options given beside --replay go before them."""
-    from fastldm import images
-
-    made = images.read_metadata(path)["fastldm"] or {}
-    arguments = made.get("arguments")
-    if not isinstance(arguments, dict):
-        raise InvalidArgument("replay", path, "a PNG made by fastldm, with its `fastldm` chunk")
-    model = loading.get("model", made.get("model"))
-    here = isinstance(model, str) and (model == "default" or "model" in loading or os.path.exists(model))
-    if not here:
-        raise InvalidArgument("model", model, "--model PATH: what the picture was made with is not here")
-    if made.get("loras") and not loras:
-        names = json.dumps(made["loras"])[:200]
-        raise InvalidArgument("lora", None, f"--lora FILE:WEIGHT, as the picture was made with: {names}")
-    recorded = {name: arguments[name] for name in REPLAYED if name in arguments}
-    missing = arguments.get("not_recorded")
-    for name, known in missing.items() if isinstance(missing, dict) else ():
-        if name != "image":
-            raise InvalidArgument("replay", path, f"a picture made without {name}=, which no PNG holds")
-        if "image" not in options:
-            raise InvalidArgument("image", None, "--image FILE: the picture this one was made from")
-        size = options.get("width", arguments.get("width")), options.get("height", arguments.get("height"))
-        if all(isinstance(side, int) and 0 < side <= 2**13 for side in size):
-            pixels = images.stack(images.load_pictures(options["image"], 1), *size)[0]
-            if images.pixel_hash(pixels) != known:
-                print("fastldm: warning: --image is not the picture used before", file=sys.stderr)
-    return model, recorded
-
-
 def _show(facts: Facts, as_json: bool) -> None:
     if as_json:
         print(json.dumps(facts, indent=2, default=str))
@@ -239,37 +162,6 @@ def _is_png(path: str) -> bool:
         return stream.read(8) == b"\x89PNG\r\n\x1a\n"
 
 
-def _is_terminal(stream: Any) -> bool:
-    return stream is not None and stream.isatty()
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split())
-
-
-def _seed(text: str) -> int | list[int] | None:
-    """7, a list as 7,8,9, or 'random'."""
-    if text == "random":
-        return None
-    try:
-        seeds = [int(part) for part in text.split(",")]
-    except ValueError:
-        allowed = "an integer, several as 7,8,9, or random"
-        raise argparse.ArgumentTypeError(f"{text[:60]!r}: allowed is {allowed}") from None
-    return seeds if len(seeds) > 1 else seeds[0]
-
-
-def _lora(text: str) -> tuple[str, float]:
-    """A path, and after a colon a weight."""
-    path, colon, weight = text.rpartition(":")
-    if colon and not os.path.exists(text):
-        try:
-            return path, float(weight)
-        except ValueError:
-            pass
-    return text, 1.0
-
-
 class _Version(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
         print(f"fastldm {fastldm.__version__}")
@@ -285,28 +177,7 @@ def _parser() -> Parser:
 
     command = commands.add_parser("generate", help=generate.__doc__, argument_default=argparse.SUPPRESS)
     command.set_defaults(run=generate)
-    command.add_argument("prompt", nargs="?", metavar="PROMPT", help="what the picture shows")
-    add = command.add_argument_group("the picture").add_argument
-    add("--negative", dest="negative_prompt", metavar="TEXT", help="what it does not show")
-    add("--steps", type=int, metavar="N", help="sampling steps (25)")
-    add("--guidance", dest="guidance_scale", type=float, metavar="G", help="guidance scale (7.5); 1 is none")
-    add("--seed", type=_seed, metavar="SEED", help="of the first image, the next count up (0); 7,8,9; random")
-    add("--num-images", type=int, metavar="N", help="images to make (1)")
-    add("--width", type=int, metavar="PIXELS", help="the model's, or that of --image")
-    add("--height", type=int, metavar="PIXELS", help="likewise")
-    add("--sampler", metavar="NAME", help="ddpm, ddim, euler, euler_a, dpmpp_2m, flow_euler (the model's)")
-    add("--eta", type=float, metavar="ETA", help="noise of the ddim sampler, 0 to 1 (0)")
-    add("--image", metavar="FILE", help="start from this picture (PNG, JPEG, WebP), resized")
-    add("--strength", type=float, metavar="S", help="how far to leave it, above 0 to 1 (0.8)")
-    add("--replay", metavar="PNG", help="make this picture again; other options replace its own")
-    add = command.add_argument_group("faster, but another picture").add_argument
-    add("--guidance-interval", nargs=2, type=float, metavar=("A", "B"), help="guide this share only (0 1)")
-    add("--whole-every", type=int, metavar="N", help="whole steps; the others reuse deep features (1)")
-    add = command.add_argument_group("the files").add_argument
-    add("-o", "--output", metavar="PNG", help="out.png; several images go to out-0.png, out-1.png, ...")
-    add("--grid", action="store_true", help="one file that shows all images, instead of one file each")
-    add("--quiet", action="store_true", help="no progress bar and no timings; the paths and warnings stay")
-    _add_loading(command)
+    add_options(command)
 
     command = commands.add_parser("info", help=info.__doc__, argument_default=argparse.SUPPRESS)
     command.set_defaults(run=info)
@@ -358,15 +229,3 @@ def _parser() -> Parser:
         help="with --compile-only: sm_80, sm_90, ... (this machine's, or those)",
     )
     return parser
-
-
-def _add_loading(command: argparse.ArgumentParser) -> None:
-    add = command.add_argument_group("the model").add_argument
-    add("--model", metavar="PATH", help="folder, .safetensors file or Hub id (the shipped model)")
-    add("--lora", type=_lora, action="append", metavar="FILE[:WEIGHT]", help="merge it (1); several add up")
-    add("--device", metavar="NAME", help="cpu, cuda, cuda:1 (the best there is)")
-    add("--dtype", metavar="NAME", help="fp32, bf16 or fp16 (the device's)")
-    add("--config", metavar="CONFIG", help=CONFIG_HELP)
-    add("--tokenizer", metavar="PATH", help=TOKENIZER_HELP)
-    add("--backends", metavar="NAMES", help="cuda,triton,cpp in this order, or reference")
-    add("--offload-text-encoder", action="store_true", help="in the host's memory between prompts")

@@ -10,9 +10,13 @@ from PIL import Image
 import fastldm
 import fastldm.checkpoint
 from fastldm import cli, images
+from fastldm.abilities import Abilities
 from fastldm.arguments import Limits, check_generate
 
-LIMITS = Limits(1000, ("ddim", "euler"), "ddim", 8, 4, 32, 16, 6, 2**22, 16.0)
+ABILITIES = Abilities(
+    classes=2, labels=("cat", "dog"), layout=True, segmentation=("none", "cat"), inpainting=True, upscaling=4
+)
+LIMITS = Limits(1000, ("ddim", "euler"), "ddim", 8, 4, 32, 16, 6, 2**22, 16.0, abilities=ABILITIES)
 
 
 @dataclasses.dataclass
@@ -27,11 +31,14 @@ class FakeResult:
     def seeds(self):
         return self.request.seeds
 
+    def describe(self, index):
+        facts = {"version": "0", "model": self.model, "model_hash": "abc"}
+        return facts | {"arguments": self.request.arguments(index)}
+
     def save(self, path, as_grid=False):
         size = (self.request.width, self.request.height)
         pictures = [Image.new("RGB", size, (seed % 256, 0, 0)) for seed in self.seeds]
-        facts = {"version": "0", "model": self.model, "model_hash": "abc"}
-        made = [facts | {"arguments": self.request.arguments(k)} for k in range(len(pictures))]
+        made = [self.describe(k) for k in range(len(pictures))]
         return images.save_pictures(path, pictures, made, as_grid=as_grid)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from fastldm import cli, images
+from fastldm import cli, cli_generate, images
 from fastldm.errors import CheckpointError, OutOfMemory
 
 
@@ -145,7 +145,7 @@ def test_a_failed_write_keeps_the_old_file(pipe, run, monkeypatch):
 
 
 def test_progress_bar_only_on_a_terminal(pipe, run, monkeypatch):
-    monkeypatch.setattr(cli, "_is_terminal", lambda stream: True)
+    monkeypatch.setattr(cli_generate, "is_terminal", lambda stream: True)
     run("generate", "a")
     run("generate", "a", "--quiet")
     assert callable(pipe.requests[0].progress)
@@ -164,3 +164,15 @@ def test_an_image_bomb_is_one_line(pipe, fails):
 def test_a_library_s_long_message_is_cut():
     error = CheckpointError("m.safetensors", "unet.x", "no\n" * 1000)
     assert str(error).startswith("m.safetensors: unet.x: no no no") and len(error.why) == 1000
+
+
+def test_every_task_has_its_options(pipe, run, fails):
+    Image.new("L", (32, 16), 1).save("map.png")
+    assert run("generate", "a", "--segmentation", "map.png")[0] == 0
+    assert pipe.requests[-1].segmentation.max() == 1
+    assert run("generate", "--label", "dog")[0] == run("generate", "--label", "1")[0] == 0
+    assert [request.prompts for request in pipe.requests[-2:]] == [["label dog"]] * 2
+    assert run("generate", "--layout", "red cat:0,0,0.5,1", "--layout", "dog:0.5,0,1,1")[0] == 0
+    assert pipe.requests[-1].prompts == ["layout red cat p0 p0 p15 p31 , dog p16 p0 p31 p31"]
+    assert "'cat': allowed is an object and its box" in fails("generate", "--layout", "cat")
+    assert "layout[0]" in fails("generate", "--layout", "cat:0,0,0")

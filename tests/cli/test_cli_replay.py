@@ -28,10 +28,26 @@ def test_replay_from_an_image_wants_the_image(pipe, run, fails):
     assert run("generate", "a", "--image", "in.png", "--strength", 0.5)[0] == 0
     assert "image=None: allowed is --image FILE" in fails("generate", "--replay", "out.png")
     code, _, err = run("generate", "--replay", "out.png", "--image", "in.png")
-    assert code == 0 and "not the picture used before" not in err
+    assert code == 0 and "not the one used before" not in err
     assert Path("out-replay.png").read_bytes() == Path("out.png").read_bytes()
     code, _, err = run("generate", "--replay", "out.png", "--image", "other.png")
-    assert code == 0 and "--image is not the picture used before" in err
+    assert code == 0 and "--image is not the one used before" in err
+
+
+def test_replay_of_a_mask_and_of_an_enlargement(pipe, run, fails):
+    Image.new("RGB", (32, 16), "red").save("in.png")
+    Image.new("L", (32, 16), 255).save("mask.png")
+    assert run("generate", "a", "--image", "in.png", "--mask", "mask.png", "--blend", 3)[0] == 0
+    again = "generate", "--replay", "out.png", "--image", "in.png"
+    assert "mask=None: allowed is --mask FILE" in fails(*again)
+    code, _, err = run(*again, "--mask", "mask.png")
+    assert code == 0 and "not the one used" not in err and pipe.requests[-1].blend == 3
+    assert Path("out-replay.png").read_bytes() == Path("out.png").read_bytes()
+    code, _, err = run(*again, "--mask", "in.png")
+    assert code == 0 and "--mask is not the one used before" in err
+    assert run("generate", "a", "--image", "in.png", "--upscale", "-o", "large.png")[0] == 0
+    code, _, err = run("generate", "--replay", "large.png", "--image", "in.png")
+    assert code == 0 and "not the one used" not in err and pipe.requests[-1].upscale
 
 
 def test_shortcuts_are_replayed(pipe, run, fails, recorded):

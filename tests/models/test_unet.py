@@ -96,6 +96,11 @@ def test_tiny_equals_diffusers(name: str) -> None:
     assert compare(TINY[name], (8, 12)) <= 1e-5
 
 
+@pytest.mark.parametrize("size", [(7, 9), (1, 5), (6, 13)])
+def test_sides_that_do_not_halve_equal_diffusers(size: tuple[int, int]) -> None:
+    assert compare(TINY["sd2"], size) <= 1e-5
+
+
 def test_sd15_full_size_equals_diffusers() -> None:
     assert compare(SD15, (8, 8)) <= 1e-5
 
