@@ -7,6 +7,7 @@ from typing import Any
 
 from fastldm.errors import InvalidArgument
 
+JUDGED = ("scenes", "tasks")
 REPRODUCED = ("ddim", "tradeoff", "objectives", "guidance")
 _FILES = {"parts", "json_file"}
 # What each program takes; a race takes all that none of the others has to itself.
@@ -22,7 +23,7 @@ def add(command: argparse.ArgumentParser) -> None:
         "parts",
         nargs="*",
         metavar="PART",
-        help=f"step, vae, image, cold, growth, memory (all); or one of scenes, {', '.join(REPRODUCED)}",
+        help=f"step, vae, image, cold, growth, memory (all); or one of {', '.join((*JUDGED, *REPRODUCED))}",
     )
     add("--model", metavar="NAME", help="default, sd15, sd21, sdxl-shape (random weights), or a model's path")
     add("--device", metavar="NAME", help="cpu or cuda (the best there is)")
@@ -47,9 +48,9 @@ def add(command: argparse.ArgumentParser) -> None:
         help="write the tables and the machine; or where rows are kept",
     )
     add("--plot", metavar="FILE.png", help="draw them")
-    add = command.add_argument_group("scenes, read by the judge").add_argument
+    add = command.add_argument_group("scenes, tasks: read by the judge").add_argument
     add("--every", type=int, metavar="N", help="every N-th of its prompts only (1)")
-    add("--guidance", type=float, metavar="G", help="guidance scale (7.5)")
+    add("--guidance", type=float, metavar="G", help="guidance scale (the model's own)")
     add("--judge", metavar="FILE", help="another judge's weights (the shipped one's)")
     add = command.add_argument_group(f"the papers' findings: {', '.join(REPRODUCED)}").add_argument
     add("--seeds", type=int, metavar="N", help="trainings of every model (3)")
@@ -60,12 +61,12 @@ def add(command: argparse.ArgumentParser) -> None:
 def run(options: dict[str, Any]) -> None:
     """Start the program that the parts name. InvalidArgument for an option of another one."""
     parts = options.get("parts", [])
-    alone = next((part for part in parts if part in ("scenes", *REPRODUCED)), None)
+    alone = next((part for part in parts if part in (*JUDGED, *REPRODUCED)), None)
     if alone is not None and len(parts) > 1:
         raise InvalidArgument("part", " ".join(parts), f"{alone} alone, or parts of a race")
     takes, names = _RACE, "in a race"
     if alone is not None:
-        takes, names = (_SCENES, "with scenes") if alone == "scenes" else (_REPRODUCTION, f"with {alone}")
+        takes, names = _SCENES if alone in JUDGED else _REPRODUCTION, f"with {alone}"
     for name in sorted(options.keys() - takes):
         raise InvalidArgument(name, options[name], _where(name, names))
     options = {name: value for name, value in options.items() if name != "parts"}
@@ -77,6 +78,10 @@ def run(options: dict[str, Any]) -> None:
         from fastldm.bench import scenes
 
         scenes.run(**options)
+    elif alone == "tasks":
+        from fastldm.bench import tasks
+
+        tasks.run(**options)
     else:
         from fastldm.bench.reproduction import command as reproduction
 
@@ -89,7 +94,7 @@ def _where(name: str, here: str) -> str:
     if name in _RACE:
         places.append("in a race")
     if name in _SCENES:
-        places.append("with scenes")
+        places.append(f"with {', '.join(JUDGED)}")
     if name in _REPRODUCTION:
         places.append(f"with {', '.join(REPRODUCED)}")
     return f"only {' or '.join(places)}, not {here}"

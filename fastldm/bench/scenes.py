@@ -103,7 +103,7 @@ def measure(
     dtype: str | None = None,
     device: str | None = None,
     every: int = 1,
-    guidance: float = 7.5,
+    guidance: float | None = None,
     steps: int = 25,
     judge: str | None = None,
     say: Callable[[str], None] = lambda text: None,
@@ -115,9 +115,11 @@ def measure(
     """
     every = checks.integer("every", every, 1, PER_CATEGORY)
     steps = checks.integer("steps", steps, 1, 1000)
-    guidance = checks.number("guidance", guidance, 0.0, 100.0)
     reader = Judge.load(judge)
     pipe = api.load(model, device=device, dtype=dtype)
+    if guidance is None:
+        guidance = pipe.limits.abilities.guidance_scale
+    guidance = checks.number("guidance", guidance, 0.0, 100.0)
     number = len(range(0, PER_CATEGORY, every))
 
     def draw(prompts: Sequence[str], seeds: Sequence[int]) -> Pictures:
