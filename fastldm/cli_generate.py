@@ -25,6 +25,7 @@ REPLAYED = (
     "upscale shortcuts"
 ).split()
 GIVEN = "image mask segmentation".split()  # pictures that no PNG holds, but for a hash
+SAMPLER_HELP = "ddpm, ddim, ddim_compvis, euler, euler_a, dpmpp_2m, flow_euler (the model's)"
 CONFIG_HELP = "of a single file: a JSON file, a diffusers folder, v_prediction or epsilon"
 TOKENIZER_HELP = "a tokenizer folder or tokenizer.json"
 SHORTCUTS = "guidance_interval whole_every".split()
@@ -113,13 +114,19 @@ def add_options(command: argparse.ArgumentParser) -> None:
     add = command.add_argument_group("the picture").add_argument
     add("--negative", dest="negative_prompt", metavar="TEXT", help="what it does not show")
     add("--steps", type=int, metavar="N", help="sampling steps (25)")
-    add("--guidance", dest="guidance_scale", type=float, metavar="G", help="guidance scale (7.5); 1 is none")
+    add(
+        "--guidance",
+        dest="guidance_scale",
+        type=float,
+        metavar="G",
+        help="guidance scale (the model's own); 1 is none",
+    )
     add("--seed", type=_seed, metavar="SEED", help="of the first image, the next count up (0); 7,8,9; random")
     add("--num-images", type=int, metavar="N", help="images to make (1)")
     add("--width", type=int, metavar="PIXELS", help="the model's, or that of --image")
     add("--height", type=int, metavar="PIXELS", help="likewise")
-    add("--sampler", metavar="NAME", help="ddpm, ddim, euler, euler_a, dpmpp_2m, flow_euler (the model's)")
-    add("--eta", type=float, metavar="ETA", help="noise of the ddim sampler, 0 to 1 (0)")
+    add("--sampler", metavar="NAME", help=SAMPLER_HELP)
+    add("--eta", type=float, metavar="ETA", help="noise of ddim, euler or dpmpp_2m, 0 to 1 (0)")
     add("--image", metavar="FILE", help="start from this picture (PNG, JPEG, WebP), resized")
     add("--strength", type=float, metavar="S", help="how far to leave it, above 0 to 1 (0.8; with --mask 1)")
     add("--mask", metavar="FILE", help="draw anew where this picture is white, and leave --image elsewhere")

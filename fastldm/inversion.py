@@ -40,7 +40,7 @@ def invert(
     and guidance take them away. NonFiniteOutput: too few steps for this guidance.
 
     image     as in `generate`; or latents=, clean ones as output_type="latent" gives them
-    sampler   ddim, euler or flow_euler; the model's own by default
+    sampler   ddim, ddim_compvis, euler or flow_euler; the model's own by default
     progress, cuda_graph, width, height   as in `generate`
 
     Raises what `generate` does. (Song et al. 2021, arXiv:2010.02502; Pan et al. 2023, arXiv:2309.04907)

@@ -1,7 +1,7 @@
 """The diffusion process: schedules, parameterisations, scheduler configs, sampler tables, objectives."""
 
 from fastldm.diffusion.inversion import INVERTIBLE, inverse_table
-from fastldm.diffusion.loop import denoise, sample
+from fastldm.diffusion.loop import Known, denoise, sample
 from fastldm.diffusion.losses import (
     Posterior,
     absolute_loss,
@@ -12,6 +12,7 @@ from fastldm.diffusion.losses import (
 )
 from fastldm.diffusion.objective import Criterion, Objective
 from fastldm.diffusion.parameterization import PREDICTIONS, VARIANCES, add_noise, target, to_x0
+from fastldm.diffusion.plms import plms
 from fastldm.diffusion.samplers import COLUMNS, SAMPLERS, SamplerTable, build_table
 from fastldm.diffusion.scheduler_config import SchedulerConfig, alphas_cumprod
 from fastldm.diffusion.timesteps import LossSecondMoment
@@ -26,6 +27,7 @@ __all__ = [
     "Bound",
     "Chain",
     "Criterion",
+    "Known",
     "LossSecondMoment",
     "Objective",
     "Posterior",
@@ -40,6 +42,7 @@ __all__ = [
     "denoise",
     "inverse_table",
     "min_snr_weight",
+    "plms",
     "posterior",
     "q_sample",
     "reverse",

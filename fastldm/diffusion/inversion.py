@@ -21,21 +21,21 @@ from fastldm.diffusion.samplers import COLUMNS, SamplerTable
 from fastldm.errors import InvalidArgument
 
 # Samplers whose step, with eta 0, is a function of x alone.
-INVERTIBLE = ("ddim", "euler", "flow_euler")
+INVERTIBLE = ("ddim", "ddim_compvis", "euler", "flow_euler")
 
 
 def inverse_table(table: SamplerTable, refinements: int = 1) -> SamplerTable:
     """The table that leads from what `table` ends with back to the unit noise it started from.
 
     It has 1 + refinements rows a step; the identity row is last. Its start is the clean latents as they are.
-    `table` is one of `build_table`, of a sampler that is a function of x alone: ddim, euler or flow_euler
-    with eta 0. Bounds on x0 are left out. Raises InvalidArgument for another sampler, and for a net that
-    predicts x0 where the last step keeps nothing of x.
+    `table` is one of `build_table`, of a sampler that is a function of x alone: one of INVERTIBLE, with eta
+    0. Bounds on x0 are left out. Raises InvalidArgument for another sampler, and for a net that predicts x0
+    where the last step keeps nothing of x.
     """
     rows = table.rows64[:-1].flip(0)
     column = dict(zip(COLUMNS, rows.T, strict=True))
     if any(table.draws) or bool(column["next_prev"].any()):
-        raise InvalidArgument("sampler", "random or multistep", "ddim, euler or flow_euler, with eta 0")
+        raise InvalidArgument("sampler", "random or multistep", f"one of {', '.join(INVERTIBLE)}, with eta 0")
     a = column["next_x"] + column["next_x0"] * column["x0_x"]
     if bool((a == 0).any()):
         raise InvalidArgument("prediction_type", "sample", "a net that predicts noise, velocity or flow")

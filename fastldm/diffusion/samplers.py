@@ -36,7 +36,7 @@ from fastldm.errors import InvalidArgument
 COLUMNS = ("t", "x0_x", "x0_out", "next_x", "next_x0", "next_prev", "noise", "guidance", "clamp")
 
 # Samplers with a free share of fresh noise; the others' is fixed.
-TAKES_ETA = ("ddim", "euler", "dpmpp_2m")
+TAKES_ETA = ("ddim", "ddim_compvis", "euler", "dpmpp_2m")
 
 # diffusers' stand-in for alpha_bar = 0 in samplers that work in sigma = sqrt((1 - alpha_bar)/alpha_bar).
 _TINY_ALPHA_BAR = 2.0**-24
@@ -81,7 +81,8 @@ class SamplerTable:
     row, in which a finished request rests. `timesteps` float64 [n]. `draws[i]`: step i reads noise. Text to
     image starts from initial_scale*noise, image to image from start_alpha*x0 + start_sigma*noise.
     `log_variances` float64 [n, 2] or None: the bounds of the log variance that the net's second half of
-    channels places (`parameterization.log_variance`). `loop.denoise` follows them, slots do not yet.
+    channels places (`parameterization.log_variance`). `levels` float64 [n, 2], None for an inverse: the alpha
+    and sigma at which x stands before each step. `loop.denoise` follows both, slots do not yet.
     """
 
     rows: Tensor
@@ -92,6 +93,11 @@ class SamplerTable:
     start_sigma: float
     draws: tuple[bool, ...]
     log_variances: Tensor | None = None
+    levels: Tensor | None = None
+
+    def row(self, step: int) -> dict[str, float]:
+        """A step's numbers by column, in float64."""
+        return dict(zip(COLUMNS, self.rows64[step].tolist(), strict=True))
 
 
 def move(grid: Grid, eta: float) -> Update:
@@ -115,6 +121,23 @@ def ddim(config: SchedulerConfig, steps: int, eta: float) -> Plan:
     landed = torch.where(before >= 0, kept[before.clamp(min=0)], final)
     grid = _vp_grid(t, kept[t], landed)
     return Plan(grid, move(grid, eta), clamp=config.clip_range)
+
+
+def ddim_compvis(config: SchedulerConfig, steps: int, eta: float) -> Plan:
+    """DDIM as the code of the latent diffusion paper runs it: every (length // steps)-th time from 1 on, as
+    many as there are (31 for 30 steps of 1000), down to the level of time 0, without a bound on x0.
+
+    Raises InvalidArgument for a number of steps whose times pass the end, with which the original crashes.
+    """
+    kept = alphas_cumprod(config)
+    if not _fits_compvis(steps, len(kept)):
+        near = (range(steps, 0, -1), range(steps, len(kept) + 1))
+        found = (next((n for n in way if _fits_compvis(n, len(kept))), None) for way in near)
+        named = " or ".join(str(n) for n in found if n is not None)
+        raise InvalidArgument("steps", steps, f"{named} near it with ddim_compvis, whose times pass the end")
+    t = torch.arange(1, len(kept) + 1, len(kept) // steps).flip(0)
+    grid = _vp_grid(t, kept[t], torch.cat([kept[t[1:]], kept[:1]]))
+    return Plan(grid, move(grid, eta))
 
 
 def ddpm(config: SchedulerConfig, steps: int, eta: float) -> Plan:
@@ -204,6 +227,7 @@ def flow_euler(config: SchedulerConfig, steps: int, eta: float) -> Plan:
 SAMPLERS: dict[str, Callable[[SchedulerConfig, int, float], Plan]] = {
     "ddpm": ddpm,
     "ddim": ddim,
+    "ddim_compvis": ddim_compvis,
     "euler": euler,
     "euler_a": euler_a,
     "dpmpp_2m": dpmpp_2m,
@@ -220,7 +244,8 @@ def build_table(
     guidance_scale: float = 1.0,
     strength: float = 1.0,
 ) -> SamplerTable:
-    """The table of one request: `steps` steps, or with `strength` below 1 the last of them, as in diffusers.
+    """The table of one request: `steps` steps (ddim_compvis may make it some more), or with `strength` below
+    1 the last of them, as in diffusers.
 
     `sampler` None is the config's own; another one keeps the training process and brings its own conventions.
     Raises InvalidArgument naming the argument.
@@ -234,11 +259,12 @@ def build_table(
         raise InvalidArgument("eta", eta, f"0 with sampler {name}; {', '.join(TAKES_ETA)} take more")
     _check("guidance_scale", guidance_scale, -1000, 1000)
     _check("strength", strength, 0, 1)
+    plan = SAMPLERS[name](config, int(steps), float(eta))
+    steps = len(plan.grid.t)
     start = _skipped(steps, strength, keep_part=config.prediction == "flow")
     if start == steps:
         raise InvalidArgument("strength", strength, f"at least {1 / steps:g}, which keeps 1 of {steps} steps")
 
-    plan = SAMPLERS[name](config, int(steps), float(eta))
     grid, update = (
         Grid(*(column[start:] for column in plan.grid)),
         Update(*(column[start:] for column in plan.update)),
@@ -265,6 +291,7 @@ def build_table(
         start_sigma=float(grid.sigma[0]),
         draws=tuple((update.noise != 0).tolist()),
         log_variances=None if plan.log_variances is None else plan.log_variances[start:],
+        levels=torch.stack([grid.alpha, grid.sigma], dim=1),
     )
 
 
@@ -279,6 +306,12 @@ def _skipped(steps: int, strength: float, *, keep_part: bool) -> int:
     if keep_part:
         return int(max(steps - min(steps * strength, steps), 0))
     return steps - min(int(steps * strength), steps)
+
+
+def _fits_compvis(steps: int, length: int) -> bool:
+    """Whether the last of the times 1, 1 + length // steps, ... is one of training."""
+    gap = length // steps
+    return (length - 1) // gap * gap + 1 < length
 
 
 def _integer_times(config: SchedulerConfig, steps: int) -> Tensor:

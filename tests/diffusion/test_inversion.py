@@ -9,6 +9,7 @@ from fastldm.errors import InvalidArgument
 SD = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "clip_sample": False}
 CASES = {
     "ddim": ("ddim", SchedulerConfig(**SD, set_alpha_to_one=False, steps_offset=1)),
+    "ddim_compvis": ("ddim_compvis", SchedulerConfig(**SD)),
     "ddim-v": ("ddim", SchedulerConfig(**SD, prediction_type="v_prediction")),
     "ddim-v-zero-snr": (
         "ddim",
@@ -120,7 +121,7 @@ def test_guided_steps_are_inverted_too():
 @pytest.mark.parametrize("sampler, eta", [("ddpm", 0.0), ("euler_a", 0.0), ("dpmpp_2m", 0.0), ("ddim", 0.5)])
 def test_what_cannot_be_inverted_is_refused(sampler, eta):
     table = build_table(SchedulerConfig(**SD), 10, sampler=sampler, eta=eta)
-    with pytest.raises(InvalidArgument, match="ddim, euler or flow_euler, with eta 0"):
+    with pytest.raises(InvalidArgument, match="ddim, ddim_compvis, euler, flow_euler, with eta 0"):
         inverse_table(table)
 
 

@@ -72,6 +72,18 @@ def test_progress_counts_to_the_end(pipe: fastldm.Pipeline) -> None:
     assert counted == [(1, 4), (2, 4), (3, 4), (4, 4)]
 
 
+def test_the_ddim_of_the_original_counts_its_own_steps(pipe: fastldm.Pipeline) -> None:
+    """Here the scheduler's fields make both the same, but where the original runs a step more."""
+    counted: list[tuple[int, int]] = []
+    made = [
+        pipe.generate("a cat", steps=5, sampler=sampler, output_type="np").images
+        for sampler in ("ddim", "ddim_compvis")
+    ]
+    assert np.array_equal(*made)
+    pipe.generate("a cat", steps=6, sampler="ddim_compvis", progress=lambda *at: counted.append(at))
+    assert counted == [(i + 1, 7) for i in range(7)]
+
+
 def test_a_failing_callback_leaves_the_pipeline_usable(pipe: fastldm.Pipeline) -> None:
     def fail(step: int, x0: torch.Tensor) -> None:
         raise KeyError("mine")
@@ -122,6 +134,7 @@ def test_running_out_of_memory_is_typed(pipe: fastldm.Pipeline, monkeypatch: pyt
         ({"steps": 1001}, "steps"),
         ({"width": 66}, "width"),
         ({"sampler": "flow_euler"}, "sampler"),
+        ({"sampler": "ddim_compvis", "steps": 3}, "steps"),
         ({"guidance_scale": float("nan")}, "guidance_scale"),
         ({"eta": 0.5, "sampler": "ddpm"}, "eta"),
         ({"prompt": None}, "prompt"),
