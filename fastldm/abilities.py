@@ -37,7 +37,7 @@ class Abilities:
     labels: tuple[str, ...] = ()
     layout: bool = False
     segmentation: tuple[str, ...] = ()
-    inpainting: bool = False
+    inpainting: bool = True
     upscaling: int = 0
     needs: str | None = None
     guides: bool = True

@@ -119,7 +119,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
         dest="guidance_scale",
         type=float,
         metavar="G",
-        help="guidance scale (the model's own); 1 is none",
+        help="its scale (the model's own); 1: none",
     )
     add("--seed", type=_seed, metavar="SEED", help="of the first image, the next count up (0); 7,8,9; random")
     add("--num-images", type=int, metavar="N", help="images to make (1)")

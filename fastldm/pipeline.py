@@ -30,11 +30,11 @@ from fastldm.result import Clock, Result
 from fastldm.runtime.graphs import CudaRecorder, Graphs
 from fastldm.runtime.memory import TensorCache, available_bytes, out_of_memory, to_device, visiting
 from fastldm.runtime.segments import segments
-from fastldm.runtime.slots import CachingSlots, Group, Outcome, Slots, Watch, smallest, split, watcher
+from fastldm.runtime.slots import CachingSlots, Group, Kept, Outcome, Slots, Watch, smallest, split, watcher
 from fastldm.runtime.turns import Turns
 from fastldm.runtime.weights import Weights
 from fastldm.tasks.beside import beside_of
-from fastldm.tasks.pictures import Draw, Pictures
+from fastldm.tasks.pictures import Pictures
 
 EMBEDDED, CONDITIONED = 16 << 20, 128 << 20  # bytes kept of embedded text, and of its keys and values
 
@@ -195,9 +195,9 @@ class Pipeline:
             clock.lap("text")
             for number, images in enumerate(groups):
                 generators = [torch.Generator("cpu").manual_seed(request.seeds[i]) for i in images]
-                latents = self.start(request, table, images, generators)
+                latents, kept = self.start(request, table, images, generators)
                 watch = watcher(request.progress, request.callback, number, len(groups), len(table.draws))
-                group = self.condition(request, table, text, images, latents, generators, watch)
+                group = self.condition(request, table, text, images, latents, kept, generators, watch)
                 clock.lap("condition")
                 outcome = yield from segments(group, request.shortcuts.guided(len(table.draws)))
                 if not (outcome.stopped or torch.isfinite(outcome.latents).all()):
@@ -270,24 +270,29 @@ class Pipeline:
 
     def start(
         self, request: Request, table: SamplerTable, images: range, generators: list[torch.Generator]
-    ) -> Tensor:
+    ) -> tuple[Tensor, Kept | None]:
         """The latents that the first step sees: scaled noise, or the noised latents of the input image;
-        float32.
+        float32. And what of them every step is to keep.
         """
         factor = self.components.vae.config.factor
         channels = self.components.unet.config.latent_channels
         shape = (channels, request.height // factor, request.width // factor)
-        if request.latents is not None:
+        keeps, x0 = self.pictures.keeps(request), None
+        if request.starts_from_image or keeps:
+            draws = [partial(self._noise, generators=[generator]) for generator in generators]
+            x0 = self.pictures.clean(request, images, draws)
+        if request.latents is None:
+            noise = self._noise(shape, generators)
+        else:
             given = torch.as_tensor(request.latents)[images.start : images.stop]
-            return given.to(self.device, torch.float32) * table.initial_scale
-        if not request.starts_from_image:
-            return self._noise(shape, generators) * table.initial_scale
-        x0 = self.pictures.clean(request, images, self._draws(generators))
-        return table.start_alpha * x0 + table.start_sigma * self._noise(shape, generators)
-
-    def _draws(self, generators: list[torch.Generator]) -> list[Draw]:
-        """Each image's own noise, of the shape asked for."""
-        return [partial(self._noise, generators=[generator]) for generator in generators]
+            noise = given.to(self.device, torch.float32)
+        latents = noise * table.initial_scale
+        if x0 is not None and request.starts_from_image:
+            latents = table.start_alpha * x0 + table.start_sigma * noise
+        if x0 is None or not keeps:
+            return latents, None
+        levels = to_device(table.levels_after.float(), self.device)
+        return latents, Kept(self.pictures.kept_mask(request, images), x0, noise, levels)
 
     def _noise(self, shape: tuple[int, ...], generators: list[torch.Generator]) -> Tensor:
         """Unit noise float32 of a shape, each image's from its own CPU generator, so that it depends on
@@ -303,12 +308,14 @@ class Pipeline:
         text: TextEmbeddings,
         images: range,
         latents: Tensor,
+        kept: Kept | None,
         generators: list[torch.Generator],
         watch: Watch | None = None,
     ) -> Group:
         """These images, ready to be denoised: with what their steps share, computed once."""
         rows = [half + i for half in range(0, len(text.context), request.count) for i in images]
-        beside = self.pictures.beside(request, images, self._draws(generators))
+        draws = [partial(self._noise, generators=[generator]) for generator in generators]
+        beside = self.pictures.beside(request, images, draws)
         return Group(
             latents=latents,
             table=table.rows,
@@ -320,6 +327,7 @@ class Pipeline:
                 to_device(table.timesteps.float(), self.device), self.dtype
             ),
             concat_bias=None if beside is None else self.components.unet.concat_bias(beside.to(self.dtype)),
+            kept=kept,
             watch=watch,
             whole_every=request.shortcuts.whole_every,
         )

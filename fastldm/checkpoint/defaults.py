@@ -44,7 +44,7 @@ ABILITIES = "_fastldm"
 
 def default_abilities(family: str) -> Abilities:
     """What every model of a family can be asked for."""
-    return Abilities(inpainting=True, needs="mask") if family.endswith("-inpaint") else Abilities()
+    return Abilities(needs="mask") if family.endswith("-inpaint") else Abilities()
 
 
 def read_abilities(family: str, stated: object, file: Path) -> Abilities:

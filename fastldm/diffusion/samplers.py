@@ -82,7 +82,7 @@ class SamplerTable:
     image starts from initial_scale*noise, image to image from start_alpha*x0 + start_sigma*noise.
     `log_variances` float64 [n, 2] or None: the bounds of the log variance that the net's second half of
     channels places (`parameterization.log_variance`). `levels` float64 [n, 2], None for an inverse: the alpha
-    and sigma at which x stands before each step. `loop.denoise` follows both, slots do not yet.
+    and sigma at which x stands before each step.
     """
 
     rows: Tensor
@@ -94,6 +94,15 @@ class SamplerTable:
     draws: tuple[bool, ...]
     log_variances: Tensor | None = None
     levels: Tensor | None = None
+
+    @property
+    def levels_after(self) -> Tensor:
+        """The alpha and sigma at which x stands after each step, the last clean: float64 [n, 2].
+        InvalidArgument for an inverse.
+        """
+        if self.levels is None:
+            raise InvalidArgument("table", "an inverse", "one of build_table")
+        return torch.cat((self.levels[1:], self.levels.new_tensor([[1.0, 0.0]])))
 
     def row(self, step: int) -> dict[str, float]:
         """A step's numbers by column, in float64."""

@@ -41,12 +41,13 @@ def segments(group: Group, guided: range) -> Generator[Group, Outcome | None, Ou
 
 def _part(group: Group, start: int, stop: int) -> Group:
     """The group's steps from `start` to before `stop`."""
-    watch = group.watch
+    watch, kept = group.watch, group.kept
     return replace(
         group,
         table=torch.cat((group.table[start:stop], group.table[-1:])),
         draws=group.draws[start:stop],
         time_bias=group.time_bias[start:stop],
+        kept=None if kept is None else replace(kept, levels=kept.levels[start:stop]),
         watch=None if watch is None else lambda step, x0: watch(start + step, x0),
     )
 

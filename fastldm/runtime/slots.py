@@ -53,6 +53,18 @@ def watcher(
 
 
 @dataclass(frozen=True)
+class Kept:
+    """The part of n images' latents that is given, where the model has no channels to be told of it: after
+    every step it is put back, noised as much as the rest. (Lugmayr et al. 2022, arXiv:2201.09865, eq. 8)
+    """
+
+    mask: Tensor  # float32 [n, 1, H, W]: 1 where it is given
+    clean: Tensor  # float32 [n, C, H, W]
+    noise: Tensor  # float32 [n, C, H, W]
+    levels: Tensor  # float32 [steps, 2]: alpha and sigma after each step
+
+
+@dataclass(frozen=True)
 class Group:
     """Images of one request that are made together: what they bring to their slots."""
 
@@ -66,6 +78,7 @@ class Group:
     concat_bias: Tensor | None = (
         None  # [n, width, H, W]: the share in conv_in of what stands beside the latents
     )
+    kept: Kept | None = None
     watch: Watch | None = None
     x0: Tensor | None = None  # [n, C, H, W] of a step before the first; None: there was none
     whole_every: int = 1  # as in Shortcuts; more than 1 is for CachingSlots
@@ -74,7 +87,8 @@ class Group:
     def shape(self) -> tuple[Hashable, ...]:
         """What slots must have been made for to take this group."""
         beside = None if self.concat_bias is None else self.concat_bias.shape[1:]
-        return *self.latents.shape[1:], self.context[0].shape, self.lengths is not None, beside
+        given = self.lengths is not None, beside, self.kept is not None
+        return *self.latents.shape[1:], self.context[0].shape, *given
 
     @property
     def guided(self) -> bool:
@@ -140,18 +154,33 @@ class Slots(Work):
         if like.concat_bias is not None:
             beside = torch.zeros((count, *like.concat_bias.shape[1:]), dtype=dtype, device=device)
             self.concat_bias = beside.to(memory_format=torch.channels_last)
+        self.kept: Kept | None = None
+        if like.kept is not None:
+            levels = torch.zeros(count, WINDOW + 1, 2, device=device)
+            self.kept = Kept(images()[:, :1].contiguous(), images(), images(), levels)
         self.time_bias = torch.zeros(count, WINDOW + 1, like.time_bias.shape[1], dtype=dtype, device=device)
         self._last_step: torch.cuda.Event | None = None
 
     def buffers(self) -> Iterable[Tensor]:
-        return (tensor for tensor in vars(self).values() if isinstance(tensor, Tensor))
+        own = [*vars(self).values(), *(vars(self.kept).values() if self.kept is not None else ())]
+        return (tensor for tensor in own if isinstance(tensor, Tensor))
 
     def launch(self) -> None:
         """One step of every slot: model, guidance, update, next input."""
         conditions = self.context, self.lengths, self.concat_bias, self.time_bias, self.step
         out = self.predict(self.model_input, *conditions)
         ops.guided_step(self.latents, self.x0, self.model_input, out, self.noise, self.table, self.step)
+        if self.kept is not None:
+            self._put_back(self.kept)
         self.step.add_(1).clamp_(max=WINDOW)
+
+    def _put_back(self, kept: Kept) -> None:
+        """The given part of the latents, at the level that each slot has come to."""
+        slots = torch.arange(self.count, device=self.step.device)
+        level = kept.levels[slots, self.step, :, None, None, None]
+        given = level[:, 0] * kept.clean + level[:, 1] * kept.noise
+        self.latents.lerp_(given, kept.mask.expand_as(given))
+        self.model_input.copy_(self.latents)
 
     @property
     def free(self) -> list[int]:
@@ -175,6 +204,10 @@ class Slots(Work):
                 self.x0[place] = group.x0[i]
             if self.concat_bias is not None and group.concat_bias is not None:
                 self.concat_bias[place] = group.concat_bias[i]
+            if self.kept is not None and group.kept is not None:
+                self.kept.mask[place] = group.kept.mask[i]
+                self.kept.clean[place] = group.kept.clean[i]
+                self.kept.noise[place] = group.kept.noise[i]
             for half in range(self.halves):
                 row = (i + half * len(places)) % len(group.context)
                 self.context[place + half * self.count] = group.context[row]
@@ -227,7 +260,11 @@ class Slots(Work):
     def _refill(self, run: Run) -> None:
         """The tables of the next WINDOW steps."""
         biases = run.group.time_bias[run.done : run.done + WINDOW]
+        kept = run.group.kept
         for place in run.places:
+            if self.kept is not None and kept is not None:
+                levels = kept.levels[run.done : run.done + WINDOW]
+                self.kept.levels[place, : len(levels)] = levels
             self.table[place, :WINDOW] = run.table[run.done : run.done + WINDOW]
             self.time_bias[place, : len(biases)] = biases
             self.step[place].zero_()

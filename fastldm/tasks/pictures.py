@@ -73,6 +73,17 @@ class Pictures:
             return kind.inpainting(self._signed(request, images), mask, encoded)
         return None
 
+    def keeps(self, request: Given) -> bool:
+        """Whether a mask has to be kept by the steps, for the model has no channels to be told of it."""
+        return self.kind is None and request.mask is not None
+
+    def kept_mask(self, request: Given, images: range) -> Tensor:
+        """Where the latents of these images are given: float32 [n, 1, h, w], 1 there."""
+        width, height = request.size
+        factor = self.vae.config.factor
+        drawn = self._rows(request.mask, images)[:, None].float()
+        return 1 - F.interpolate(drawn, (height // factor, width // factor), mode="nearest")
+
     def finished(self, decoded: Tensor, output_type: str, request: Given | None = None) -> Any:
         """Decoded images float32 [n, 3, H, W] in −1…1 → images as `Result.images` has them.
 

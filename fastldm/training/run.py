@@ -95,7 +95,7 @@ def abilities(data: PictureData, section: DiffusionSection) -> Abilities:
     labels and layouts, which are among their captions.
     """
     hinted = section.hinted > 0
-    learned = Abilities(inpainting=hinted, upscaling=UPSCALING if hinted else 0)
+    learned = Abilities(upscaling=UPSCALING if hinted else 0)
     if not isinstance(data, SceneData):
         return learned
     return replace(

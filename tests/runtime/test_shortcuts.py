@@ -59,9 +59,9 @@ def plain(pipe: Pipeline, arguments: dict[str, Any], shortcuts: Shortcuts) -> Te
 
 
 @pytest.mark.parametrize("shortcuts", SOME, ids=str)
-@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "euler", "euler_a", "dpmpp_2m"])
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "ddim_compvis", "euler", "euler_a", "dpmpp_2m"])
 def test_equals_a_plain_loop(pipe: Pipeline, sampler: str, shortcuts: Shortcuts) -> None:
-    assert sampler in pipe.limits.samplers and len(pipe.limits.samplers) == 5
+    assert sampler in pipe.limits.samplers and len(pipe.limits.samplers) == 6
     arguments = {**LATENT, "sampler": sampler}
     got = pipe.generate(**arguments, shortcuts=shortcuts)
     with pipe.turn():

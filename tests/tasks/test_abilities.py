@@ -57,9 +57,9 @@ def test_diffusers_reads_the_folder_as_ever(tmp_path: Path) -> None:
 def test_of_a_plain_model(tmp_path: Path) -> None:
     save_tiny(tmp_path / "model", "epsilon")
     pipe = fastldm.load(tmp_path / "model")
-    assert pipe.limits.abilities.tasks == ("text to image", "image to image")
-    for name, value in (("label", 1), ("layout", []), ("segmentation", 1), ("mask", 1), ("upscale", True)):
-        with pytest.raises(InvalidArgument, match="None: this model does text to image, image to image"):
+    assert pipe.limits.abilities.tasks == ("text to image", "image to image", "inpainting")
+    for name, value in (("label", 1), ("layout", []), ("segmentation", 1), ("upscale", True)):
+        with pytest.raises(InvalidArgument, match="None: this model does text to image, image to image, inp"):
             pipe.generate(**{"prompt": None if name in ("label", "layout") else "a", name: value})
 
 

@@ -19,10 +19,17 @@ diffusers = pytest.importorskip("diffusers")
 
 
 @pytest.fixture(scope="module")
-def inpainting_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny SD1 of tests/pipeline with nine channels, saved by diffusers."""
+def plain_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny SD1 of tests/pipeline: four channels."""
     folder = tmp_path_factory.mktemp("inpainting")
     save_tiny(folder / "plain", "epsilon")
+    return folder / "plain"
+
+
+@pytest.fixture(scope="module")
+def inpainting_folder(plain_folder: Path) -> Path:
+    """The same with nine channels, saved by diffusers."""
+    folder = plain_folder.parent
     plain = diffusers.StableDiffusionPipeline.from_pretrained(folder / "plain", safety_checker=None)
     torch.manual_seed(2)
     unet = diffusers.UNet2DConditionModel.from_config({**plain.unet.config, "in_channels": 9})
@@ -33,12 +40,18 @@ def inpainting_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("strength", [1.0, 0.6])
-def test_equals_diffusers_inside_the_mask(inpainting_folder: Path, strength: float) -> None:
+@pytest.mark.parametrize(("channels", "sampler"), [(4, "ddim"), (4, "euler"), (9, "ddim"), (9, "euler_a")])
+def test_equals_diffusers_inside_the_mask(
+    plain_folder: Path, inpainting_folder: Path, channels: int, strength: float, sampler: str
+) -> None:
+    folder = inpainting_folder if channels == 9 else plain_folder
     rng = np.random.default_rng(1)
     picture = rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)
     mask = np.zeros((64, 64), np.uint8)
     mask[13:50, 20:41] = 255
-    oracle = diffusers.StableDiffusionInpaintPipeline.from_pretrained(inpainting_folder, safety_checker=None)
+    oracle = diffusers.StableDiffusionInpaintPipeline.from_pretrained(folder, safety_checker=None)
+    if kind := {"euler": "EulerDiscrete", "euler_a": "EulerAncestralDiscrete"}.get(sampler):
+        oracle.scheduler = getattr(diffusers, f"{kind}Scheduler").from_config(oracle.scheduler.config)
     oracle.set_progress_bar_config(disable=True)
     want = oracle(
         "a red fish",
@@ -52,9 +65,10 @@ def test_equals_diffusers_inside_the_mask(inpainting_folder: Path, strength: flo
         generator=torch.Generator("cpu").manual_seed(9),
         output_type="np",
     ).images[0]
-    pipe = fastldm.load(inpainting_folder)
+    pipe = fastldm.load(folder)
     got = pipe.generate(
         "a red fish",
+        sampler=sampler,
         image=picture,
         mask=mask,
         strength=strength,
@@ -108,6 +122,29 @@ def test_the_mask_and_what_it_hides_reach_the_model(
     )
     partly = drawn(image=other, strength=0.5)
     assert not np.array_equal(drawn(strength=0.5)[mask], partly[mask])  # then the start shows through
+
+
+def test_long_runs_batches_and_unguided_steps_keep_it_too(plain_folder: Path) -> None:
+    """Two windows of steps, two masks side by side, segments without guidance: near the loop's answer."""
+    pipe = fastldm.load(plain_folder)
+    rng = np.random.default_rng(4)
+    pictures = [rng.integers(0, 256, (64, 64, 3), dtype=np.uint8) for _ in range(2)]
+    masks = [np.zeros((64, 64), bool) for _ in range(2)]
+    masks[0][:32], masks[1][:, 20:60] = True, True
+    asked = {"image": pictures, "mask": masks, "steps": 40, "output_type": "latent", "guidance_scale": 3.0}
+    shortcuts = fastldm.Shortcuts(guidance_interval=(0.2, 0.7))
+    got = pipe.generate(["a cat", "a dog"], shortcuts=shortcuts, **asked).images
+    table = pipe.table(pipe.check("a cat", steps=40))
+    vae = pipe.components.vae
+    for i, (picture, mask) in enumerate(zip(pictures, masks, strict=True)):
+        generator = torch.Generator("cpu").manual_seed(i)
+        signed = torch.from_numpy(picture).float().permute(2, 0, 1)[None] / 127.5 - 1
+        with torch.inference_mode():
+            posterior = vae.encode(signed)
+        x0 = posterior.sample(torch.randn((1, 4, 16, 16), generator=generator)) * vae.config.scaling_factor
+        held = ~torch.from_numpy(mask)[::4, ::4]
+        assert table.levels_after[-1].tolist() == [1.0, 0.0]
+        assert (got[i] - x0[0])[:, held].abs().max() < 1e-5  # at the end the given part is the picture's own
 
 
 def test_one_of_many_is_the_one_alone(pipe: Pipeline, picture: np.ndarray, mask: np.ndarray) -> None:
