@@ -21,6 +21,7 @@ from fastldm.errors import (
 
 if TYPE_CHECKING:
     from fastldm.api import generate, load
+    from fastldm.canvas import padded
     from fastldm.inversion import invert
     from fastldm.pipeline import Pipeline
     from fastldm.result import Result
@@ -33,6 +34,7 @@ _LAZY = {
     "generate": "api",
     "invert": "inversion",
     "load": "api",
+    "padded": "canvas",
     "Pipeline": "pipeline",
     "Result": "result",
     "Shortcuts": "shortcuts",
@@ -52,6 +54,7 @@ __all__ = [
     "generate",
     "invert",
     "load",
+    "padded",
     "verify",
 ]
 

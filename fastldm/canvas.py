@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from fastldm import images, maps
 from fastldm.abilities import Abilities
@@ -19,6 +20,7 @@ from fastldm.prompts import cannot
 
 MAX_COUNT = 2**31 - 1  # of pixels a side and of images, before memory is asked
 MAX_BLEND = 1024  # pixels
+MAX_SIDE = 8192  # pixels of padding
 DEFAULT_STRENGTH = 0.8
 
 
@@ -67,6 +69,35 @@ class Canvas:
         return np.stack([maps.resized(each, *self.size) for each in self.maps]) if self.maps else None
 
 
+def padded(
+    image: object, *, left: int = 0, top: int = 0, right: int = 0, bottom: int = 0
+) -> tuple[Image.Image, np.ndarray[Any, np.dtype[np.bool_]]]:
+    """A picture with so many pixels more on its sides, and the mask of these: what `generate` needs to draw
+    on beyond the edges.
+
+        picture, mask = fastldm.padded("in.png", right=64)
+        pipe.generate("a meadow", image=picture, mask=mask, blend=8)
+
+    image: as in `generate`, one. The new pixels repeat the edge. Raises InvalidArgument.
+    """
+    sides = {"left": left, "top": top, "right": right, "bottom": bottom}
+    for name, value in sides.items():
+        integer(name, value, 0, MAX_SIDE)
+    if not any(sides.values()):
+        refuse("right", right, "more than 0, or another side")
+    [picture] = images.load_pictures(image, 1)
+    pixels = np.round(images.stack([picture], *picture.size)[0] * 255).astype(np.uint8)
+    around = ((top, bottom), (left, right))
+    mask = np.pad(np.zeros(pixels.shape[:2], bool), around, constant_values=True)
+    if mask.size > images.MAX_PIXELS:
+        refuse(
+            "image",
+            f"{mask.shape[1]}x{mask.shape[0]} with its padding",
+            f"at most {images.MAX_PIXELS} pixels",
+        )
+    return Image.fromarray(np.pad(pixels, (*around, (0, 0)), mode="edge")), mask
+
+
 def check_canvas(
     abilities: Abilities,
     sizes: tuple[int, int, int],
@@ -97,6 +128,8 @@ def check_canvas(
         if each.shape != picture.size[::-1]:
             given = f"{each.shape[1]}x{each.shape[0]}"
             refuse("mask", given, f"the size of its image, {picture.size[0]}x{picture.size[1]}")
+        if not each.any():
+            refuse("mask", "a mask without a white pixel", "at least one pixel to draw")
     if upscales:
         size, shown = _enlarged(abilities.upscaling, factor, pictures, width, height)
         warnings: tuple[str, ...] = ()

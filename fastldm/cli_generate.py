@@ -46,6 +46,8 @@ def generate(options: dict[str, Any]) -> None:
     shortcuts = {name: options.pop(name) for name in SHORTCUTS if name in options}
     if shortcuts:
         options["shortcuts"] = shortcuts
+    if "pad" in options:
+        _pad(options)
     made_from: Facts = {}
     if replay is not None:
         model, recorded, made_from = _replayed(replay, options, loading, loras)
@@ -100,6 +102,15 @@ def _replayed(
     return model, recorded, missing
 
 
+def _pad(options: dict[str, Any]) -> None:
+    """The image and the mask of --pad."""
+    sides, image = options.pop("pad"), options.get("image")
+    if image is None or "mask" in options:
+        raise InvalidArgument("pad", " ".join(map(str, sides)), "beside --image, without --mask")
+    named = dict(zip(("left", "top", "right", "bottom"), sides, strict=True))
+    options["image"], options["mask"] = fastldm.padded(image, **named)
+
+
 def _others(made_from: Facts, result: Any) -> list[str]:
     """Of the pictures that a replayed one was made from, those which are not what this one was made from."""
     if not made_from:
@@ -131,6 +142,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
     add("--strength", type=float, metavar="S", help="how far to leave it, above 0 to 1 (0.8; with --mask 1)")
     add("--mask", metavar="FILE", help="draw anew where this picture is white, and leave --image elsewhere")
     add("--blend", type=int, metavar="PIXELS", help="over which new and old meet, inside the mask (0)")
+    add("--pad", type=int, nargs=4, metavar="N", help="pixels to draw around --image: left top right bottom")
     add("--upscale", action="store_true", help="enlarge --image")
     add("--segmentation", metavar="FILE", help="a map: each pixel's palette number or grey level is a class")
     add("--label", type=_label, metavar="NAME", help="a class in place of a prompt, by name or number")

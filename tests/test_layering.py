@@ -68,7 +68,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         ),
         *(*STAGES, *FRONT, *MODELS),
     },
-    "__init__": {"api", "inversion", "pipeline", "result", "shortcuts", "verification", "errors"},
+    "__init__": {"api", "canvas", "inversion", "pipeline", "result", "shortcuts", "verification", "errors"},
     "__main__": {"cli"},
 }
 # What each part may import from elsewhere, beside the standard library; the hub client is checkpoint's alone.

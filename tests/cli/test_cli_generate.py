@@ -176,3 +176,13 @@ def test_every_task_has_its_options(pipe, run, fails):
     assert pipe.requests[-1].prompts == ["layout red cat p0 p0 p15 p31 , dog p16 p0 p31 p31"]
     assert "'cat': allowed is an object and its box" in fails("generate", "--layout", "cat")
     assert "layout[0]" in fails("generate", "--layout", "cat:0,0,0")
+
+
+def test_pad_makes_the_mask(pipe, run, fails):
+    Image.new("RGB", (32, 16), "red").save("in.png")
+    assert run("generate", "a", "--image", "in.png", "--pad", 8, 0, 16, 8)[0] == 0
+    request = pipe.requests[-1]
+    assert (request.width, request.height) == (56, 24) and request.mask.sum() == 56 * 24 - 32 * 16
+    assert run("generate", "--replay", "out.png", "--image", "in.png", "--pad", 8, 0, 16, 8)[0] == 0
+    assert Path("out-replay.png").read_bytes() == Path("out.png").read_bytes()
+    assert "pad='8 0 0 0': allowed is beside --image" in fails("generate", "a", "--pad", 8, 0, 0, 0)

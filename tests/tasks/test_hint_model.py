@@ -111,6 +111,7 @@ def test_labels_and_layouts_are_prompts(pipe: Pipeline) -> None:
         ("segmentation", {"prompt": "a", "segmentation": "nothing.png"}),
         ("mask", {"prompt": "a", "image": np.zeros((16, 16, 3), np.uint8), "mask": np.ones((8, 8), bool)}),
         ("mask", {"prompt": "a", "image": SMALL, "mask": np.full((4, 4), 1.5)}),
+        ("mask", {"prompt": "a", "image": SMALL, "mask": np.zeros((4, 4), bool)}),
         ("image", {"prompt": "a", "mask": np.ones((8, 8), bool)}),
         ("image", {"prompt": "a", "upscale": True}),
         ("upscale", {"prompt": "a", "upscale": 4}),

@@ -162,3 +162,16 @@ def test_paste_blends_inside_the_mask_alone() -> None:
     assert torch.equal(line[:10], torch.zeros(10)) and torch.equal(line[14:], torch.ones(16))
     assert (line[10:14].diff() > 0).all() and 0 < line[10] < line[13] < 1
     assert torch.equal(paste(drawn, picture, mask)[0, 0, 0], mask[0, 0, 0].float())
+
+
+def test_padding_draws_on_beyond_the_edges(pipe: Pipeline, picture: np.ndarray) -> None:
+    wide, mask = fastldm.padded(picture, left=4, bottom=6)
+    assert wide.size == (20, 22) and mask.shape == (22, 20)
+    assert np.array_equal(np.asarray(wide)[:16, 4:], picture) and not mask[:16, 4:].any()
+    assert mask[16:].all() and mask[:, :4].all()
+    assert np.array_equal(np.asarray(wide)[16:, 4:], np.repeat(picture[-1:], 6, 0))
+    made = np.asarray(pipe.generate("a cat", image=wide, mask=mask, steps=2).image)
+    assert made.shape == (22, 20, 3) and np.array_equal(made[:16, 4:], picture)
+    for wrong in ({}, {"left": -1}, {"top": 1.5}, {"right": 9000}):
+        with pytest.raises(InvalidArgument):
+            fastldm.padded(picture, **wrong)
