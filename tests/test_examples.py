@@ -114,3 +114,16 @@ def test_batch_with_nothing_to_do_loads_no_model(tmp_path: Path) -> None:
     assert run("batch", "none.txt", "out", "--model", "nowhere", folder=tmp_path) == [
         "0 pictures, 0 already there"
     ]
+
+
+def test_every_task_has_its_command_and_pictures_in_the_docs(tmp_path: Path) -> None:
+    """examples/tasks.py runs what docs/tasks.md shows."""
+    printed = run("tasks", str(tmp_path / "made"), folder=tmp_path)
+    text = (ROOT / "docs" / "tasks.md").read_text(encoding="utf-8")
+    commands = [line for line in printed if line.startswith("fastldm ")]
+    assert len(commands) >= 8
+    for command in commands:
+        assert command in text
+        name = command.split("-o ")[1]
+        assert (tmp_path / "made" / name).is_file() and name in printed
+        assert (ROOT / "docs" / "tasks" / name).is_file() and f"tasks/{name}" in text
