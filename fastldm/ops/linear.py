@@ -12,7 +12,11 @@ from fastldm.ops.registry import op
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
     """x Wᵀ + bias + residual; x [..., C], weight [K, C], bias [K], residual [..., K]."""
     x = F.linear(x, weight, bias)
-    return x if residual is None else x.add_(residual)  # into the product: no third map
+    if residual is None:
+        return x
+    # Into the product: no third map. It is a view, though, and where autograd records, adding to one costs
+    # copies of its gradient.
+    return x + residual if x.requires_grad else x.add_(residual)
 
 
 @op

@@ -111,13 +111,7 @@ def fit(
     """
     folder.mkdir(parents=True, exist_ok=True)
     state_file = folder / f"{name}.pt"
-    optimizer = torch.optim.AdamW(
-        _groups(module, critic),
-        lr=settings.learning_rate,
-        betas=(0.9, 0.99),
-        weight_decay=settings.weight_decay,
-        fused=True,
-    )
+    optimizer = new_optimizer(module, settings, critic)
     average = Average(module, settings.ema_decay)
     start = _resume(state_file, module, optimizer, average)
     module.train()
@@ -127,16 +121,10 @@ def fit(
         if workers.leads and start < settings.steps:
             curve = stack.enter_context(Curve(folder, name, start, report, tensorboard))
         for step in range(start, settings.steps):
-            for group in optimizer.param_groups:
-                group["lr"] = settings.rate(step)
-            value = _backward(module, loss, step, seed, settings.accumulate, workers, bfloat16)
-            if not math.isfinite(value):
-                raise NonFiniteOutput(
-                    f"{name}: the loss is {value} at step {step}; the last good state is {state_file}"
-                )
-            for group in optimizer.param_groups:
-                nn.utils.clip_grad_norm_(group["params"], settings.clip)
-            optimizer.step()
+            try:
+                value = advance(module, optimizer, loss, settings, step, seed, workers, bfloat16)
+            except NonFiniteOutput as error:
+                raise NonFiniteOutput(f"{name}: {error}; the last good state is {state_file}") from None
             if settings.ema_decay:
                 average.update(module, step)
             total += value
@@ -162,14 +150,47 @@ def fit(
     module.eval()
 
 
-def _groups(module: nn.Module, critic: nn.Module | None) -> list[dict[str, Any]]:
-    """The parameters for the optimiser, those of the critic apart. (betas: Radford et al. 2015,
-    arXiv:1511.06434)
+def new_optimizer(
+    module: nn.Module, settings: FitSettings, critic: nn.Module | None = None
+) -> torch.optim.AdamW:
+    """AdamW over the module's parameters, with those of the critic in a group of their own, of less momentum.
+    (betas: Radford et al. 2015, arXiv:1511.06434)
     """
     apart = list(critic.parameters()) if critic is not None else []
     rest = [parameter for parameter in module.parameters() if not any(parameter is p for p in apart)]
     groups: list[dict[str, Any]] = [{"params": rest}]
-    return [*groups, {"params": apart, "betas": (0.5, 0.9)}] if apart else groups
+    if apart:
+        groups.append({"params": apart, "betas": (0.5, 0.9)})
+    return torch.optim.AdamW(
+        groups,
+        lr=settings.learning_rate,
+        betas=(0.9, 0.99),
+        weight_decay=settings.weight_decay,
+        fused=True,
+    )
+
+
+def advance(
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    loss: Loss,
+    settings: FitSettings,
+    step: int,
+    seed: int,
+    workers: Workers = ALONE,
+    bfloat16: bool = False,
+) -> float:
+    """One step of `fit`, without its average: gradients of all passes, clipped group by group, and an update
+    at the step's rate. Returns the mean loss; NonFiniteOutput, and no update, where it is NaN or Inf.
+    """
+    value = _backward(module, loss, step, seed, settings.accumulate, workers, bfloat16)
+    if not math.isfinite(value):
+        raise NonFiniteOutput(f"the loss is {value} at step {step}")
+    for group in optimizer.param_groups:
+        group["lr"] = settings.rate(step)
+        nn.utils.clip_grad_norm_(group["params"], settings.clip)
+    optimizer.step()
+    return value
 
 
 def _backward(
