@@ -1,4 +1,4 @@
-"""What training costs: a step beside the same net in diffusers, and latents cached beside the bare encoder."""
+"""What training costs: a step beside the same net in diffusers, cached latents beside the bare encoder."""
 
 from __future__ import annotations
 
