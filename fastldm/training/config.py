@@ -9,7 +9,7 @@ from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from fastldm.checks import choice
+from fastldm.checks import choice, integer, number
 from fastldm.diffusion import Objective, SchedulerConfig
 from fastldm.errors import InvalidArgument
 from fastldm.scenes.palette import IMAGE_SIZE
@@ -23,6 +23,9 @@ else:
 
 
 PREDICTIONS = ("v_prediction", "epsilon", "sample", "flow")
+DEVICES = ("auto", "cpu", "cuda")
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+MAX_RANK = 4096
 
 
 @dataclass(frozen=True)
@@ -154,8 +157,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         """InvalidArgument for choices that contradict each other."""
-        if self.device not in ("auto", "cpu", "cuda"):
-            raise InvalidArgument("device", self.device, "auto, cpu or cuda")
+        choice("device", self.device, DEVICES)
         if self.start is None and self.autoencoder.fit is None:
             raise InvalidArgument("autoencoder.fit", None, "a section, without a model to start from")
         factor = 2 ** (len(self.autoencoder.block_out_channels) - 1)
@@ -198,18 +200,74 @@ class JudgeConfig:
     threads: int = 2
 
 
-def read_config(file: Path) -> TrainConfig | JudgeConfig:
-    """Read a TOML file, a judge's when it has a section of that name.
+@dataclass(frozen=True)
+class LoraSettings:
+    """What a LoRA changes, and its optimisation. Modules are chosen by the ends of their names, as peft does.
 
-    InvalidArgument names a key that is unknown, missing or of the wrong type, with the nearest known one.
+    Raises InvalidArgument for a value out of range.
+    """
+
+    fit: FitSettings
+    rank: int = 8
+    alpha: float | None = None  # None: the rank, so that nothing is scaled
+    targets: tuple[str, ...] = ATTENTION  # in the UNet
+    text_targets: tuple[str, ...] = ()  # in the text encoder, such as q_proj; none: it stays
+    caption_dropout: float = 0.1
+
+    def __post_init__(self) -> None:
+        integer("rank", self.rank, 1, MAX_RANK)
+        number("caption_dropout", self.caption_dropout, 0, 1)
+        if self.alpha is not None:
+            number("alpha", self.alpha, 1e-6, 1e6)
+        if not (self.targets or self.text_targets):
+            raise InvalidArgument("targets", (), "at least one, or text_targets")
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """A run that learns a LoRA of a model; `output` is the folder of it that the run ends with."""
+
+    folder: Path
+    output: Path
+    start: Path  # the model, as `fastldm.load` takes it
+    lora: LoraSettings
+    seed: int = 0
+    data: Path | None = None  # a folder of pictures with captions; None: the world of fastldm.scenes
+    side: int | None = None  # of the pictures, in pixels; None: of the scenes, or the model's own
+    pictures: int = 2_000  # scenes to draw
+    stage: int = 1  # of the world: see fastldm.scenes.mixture
+    threads: int = 2
+    device: str = "auto"  # or cpu, cuda
+    bfloat16: bool = False  # products and convolutions in bfloat16, weights and sums in float32
+    tensorboard: bool = False
+
+    def __post_init__(self) -> None:
+        """InvalidArgument for choices that contradict each other."""
+        choice("device", self.device, DEVICES)
+        if self.data is None and self.side not in (None, IMAGE_SIZE):
+            raise InvalidArgument("side", self.side, f"{IMAGE_SIZE}, the scenes' own, without data")
+
+
+def read_config(file: Path) -> TrainConfig | JudgeConfig | LoraConfig:
+    """Read a TOML file: a judge's or a LoRA's when it has a section of that name, else a model's.
+
+    InvalidArgument names a key that is unknown, missing or of the wrong type, with the nearest known one, and
+    sections that contradict each other.
     """
     try:
         with open(file, "rb") as stream:
             given = tomllib.load(stream)
     except (OSError, tomllib.TOMLDecodeError) as error:
         raise InvalidArgument("config", str(file), f"a readable TOML file ({error})") from None
-    made: TrainConfig | JudgeConfig = _build(JudgeConfig if "judge" in given else TrainConfig, given, "")
-    return made
+    for name, kind in (("judge", JudgeConfig), ("lora", LoraConfig)):
+        if name in given:
+            for other in ("lora", "autoencoder", "text", "diffusion"):
+                if other in given and other != name:
+                    raise InvalidArgument(other, "a section", f"absent beside {name}, which is all of a run")
+            made: JudgeConfig | LoraConfig = _build(kind, given, "")
+            return made
+    model: TrainConfig = _build(TrainConfig, given, "")
+    return model
 
 
 def _build(cls: type, given: Mapping[str, Any], where: str) -> Any:
@@ -235,6 +293,7 @@ _SECTIONS = {
         TextSection,
         DiffusionSection,
         JudgeSection,
+        LoraSettings,
         FitSettings,
         Objective,
         AdversarySettings,
@@ -249,6 +308,9 @@ def _value(kind: Any, given: Any, name: str) -> Any:
             return _build(_SECTIONS[kind], given, name + ".")
     elif kind == "tuple[int, ...]":
         if isinstance(given, list) and given and all(type(item) is int and item >= 0 for item in given):
+            return tuple(given)
+    elif kind == "tuple[str, ...]":
+        if isinstance(given, list) and all(isinstance(item, str) and item for item in given):
             return tuple(given)
     elif kind == "Path":
         if isinstance(given, str):
@@ -271,6 +333,8 @@ __all__ = [
     "DiffusionSection",
     "JudgeConfig",
     "JudgeSection",
+    "LoraConfig",
+    "LoraSettings",
     "TextSection",
     "TrainConfig",
     "read_config",

@@ -5,7 +5,7 @@ accumulation and EMA, on one process or several.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,12 +53,15 @@ class FitSettings:
 
 class Average:
     """Exponential moving average of a module's parameters: decay min(decay, (1 + n) / (10 + n)) at update
-    n.
+    n. It begins with the parameters, or where it was; decay 0: there is none, and the module stands for it.
     """
 
-    def __init__(self, module: nn.Module, decay: float) -> None:
+    def __init__(self, module: nn.Module, decay: float, values: Mapping[str, Tensor] | None = None) -> None:
         self.decay = decay
-        self.values = {name: p.detach().clone() for name, p in module.named_parameters()}
+        self.values: dict[str, Tensor] = {}
+        if decay:
+            parameters = {name: p.detach().clone() for name, p in module.named_parameters()}
+            self.values = dict(values) if values else parameters
 
     @torch.no_grad()
     def update(self, module: nn.Module, n: int) -> None:
@@ -112,8 +115,8 @@ def fit(
     folder.mkdir(parents=True, exist_ok=True)
     state_file = folder / f"{name}.pt"
     optimizer = new_optimizer(module, settings, critic)
-    average = Average(module, settings.ema_decay)
-    start = _resume(state_file, module, optimizer, average)
+    start, averages = _resume(state_file, module, optimizer)
+    average = Average(module, settings.ema_decay, averages)
     module.train()
     total, since = 0.0, start
     with ExitStack() as stack:
@@ -230,10 +233,12 @@ def _save(
         torch.save(state, temporary)
 
 
-def _resume(file: Path, module: nn.Module, optimizer: torch.optim.Optimizer, average: Average) -> int:
-    """Load the saved state, if any, and return the step to go on from."""
+def _resume(
+    file: Path, module: nn.Module, optimizer: torch.optim.Optimizer
+) -> tuple[int, Mapping[str, Tensor]]:
+    """Load the saved state, if any, and return the step to go on from and the averages at it."""
     if not file.exists():
-        return 0
+        return 0, {}
     device = next(module.parameters()).device
     state: dict[str, Any] = torch.load(file, map_location=device, weights_only=True)
     try:
@@ -243,5 +248,4 @@ def _resume(file: Path, module: nn.Module, optimizer: torch.optim.Optimizer, ave
         raise CheckpointError(
             file, None, f"is the state of another configuration: {str(error).splitlines()[0]}"
         ) from None
-    average.values = state["average"]
-    return int(state["step"])
+    return int(state["step"]), state["average"]

@@ -9,9 +9,8 @@ import difflib
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -20,30 +19,20 @@ from torch.func import functional_call
 from fastldm.checkpoint import Components
 from fastldm.checkpoint.lora import write_lora
 from fastldm.checkpoint.lora_names import adaptable
-from fastldm.checks import integer, number
 from fastldm.diffusion import Criterion, Objective
 from fastldm.errors import CheckpointError, InvalidArgument
+from fastldm.models.tokenizer import Tokenizer
+from fastldm.models.unet import UNet
+from fastldm.training.config import ATTENTION, LoraSettings
 from fastldm.training.diffusion import TextToLatents
-from fastldm.training.fit import FitSettings, fit
+from fastldm.training.fit import fit
 from fastldm.training.text import token_ids, without_some
 
 Adaptable: TypeAlias = Mapping[str, nn.Linear | nn.Conv2d]  # by network and name: "unet.mid_block…"
+Draw: TypeAlias = Callable[[torch.Generator], tuple[Tensor, list[str]]]
+"""Draws a batch: latents as the UNet sees them, float32 [rows, C, h, w], and their captions."""
 
-ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 TEXT_ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj")
-MAX_RANK = 4096
-
-
-@dataclass(frozen=True)
-class LoraSettings:
-    """What is learned, and how. Modules are chosen by the ends of their names, as peft does."""
-
-    fit: FitSettings
-    rank: int = 8
-    alpha: float | None = None  # None: the rank, so that nothing is scaled
-    targets: tuple[str, ...] = ATTENTION  # in the UNet
-    text_targets: tuple[str, ...] = ()  # in the text encoder, such as TEXT_ATTENTION; none: it stays
-    caption_dropout: float = 0.1
 
 
 class Adapter(nn.Module):
@@ -67,17 +56,77 @@ class Adapter(nn.Module):
         return self.down[_key(name)], self.up[_key(name)]
 
     def weights(self, modules: Adaptable) -> dict[str, Tensor]:
-        """W + alpha/rank · up · down of each module, in the dtype of W, by the name of its parameter."""
+        """W + alpha/rank · up · down of each module, in the dtype of W, by the name of its parameter; added
+        up in float32, under autocast too.
+        """
         made = {}
         for name in self.names:
             base, (down, up) = modules[name].weight, self.pair(name)
-            total = torch.addmm(base.float().flatten(1), up.flatten(1), down.flatten(1), alpha=self.scale)
+            with torch.autocast(base.device.type, enabled=False):
+                total = torch.addmm(base.float().flatten(1), up.flatten(1), down.flatten(1), alpha=self.scale)
             made[f"{name}.weight"] = total.view(base.shape).to(base.dtype)
         return made
 
 
 def _key(name: str) -> str:
     return name.replace(".", "/")  # no parameter may have a dot in its name
+
+
+class LoraModel:
+    """A loaded model with a LoRA in it, which alone learns; the model stays what it is.
+
+    Raises InvalidArgument for a target that names no layer; CheckpointError for an inpainting model.
+    """
+
+    def __init__(self, components: Components, settings: LoraSettings, seed: int = 0) -> None:
+        if components.unet.config.inpaints:
+            why = f"is {components.unet.config.in_channels}: an inpainting model cannot be tuned yet"
+            raise CheckpointError(components.path, "unet in_channels", why)
+        self.settings = settings
+        self.alpha = float(settings.rank if settings.alpha is None else settings.alpha)
+        self.modules = {
+            **_choose("unet", components.unet, "targets", settings.targets),
+            **_choose("text_encoder", components.text_encoder, "text_targets", settings.text_targets),
+        }
+        self.unet: UNet = components.unet
+        self.base = TextToLatents(components.unet, components.text_encoder)
+        generator = torch.Generator().manual_seed(seed)
+        self.adapter = Adapter(self.modules, settings.rank, self.alpha, generator)
+
+    def __call__(self, noisy: Tensor, timesteps: Tensor, ids: Tensor) -> Tensor:
+        """As the model itself."""
+        given = noisy.to(self.unet.conv_in.weight.dtype), timesteps, ids
+        return functional_call(self.base, self.adapter.weights(self.modules), given)
+
+    def write(self, output: str | os.PathLike[str]) -> None:
+        """Write the LoRA to the folder `output`; see `write_lora`."""
+        factors: dict[str, dict[str, tuple[Tensor, Tensor]]] = {}
+        for full in self.adapter.names:
+            part, _, name = full.partition(".")
+            factors.setdefault(part, {})[name] = self.adapter.pair(full)
+        write_lora(output, factors, self.alpha)
+
+
+def fit_lora(
+    model: LoraModel,
+    components: Components,
+    draw: Draw,
+    folder: Path,
+    seed: int,
+    report: Callable[[str], None],
+    **options: Any,
+) -> None:
+    """Learn with L_simple, or go on; `options` as in `fit`, whose errors are raised."""
+    settings, device = model.settings, model.unet.conv_in.weight.device
+    tokenizer: Tokenizer = components.tokenizer
+    criterion = Criterion(Objective(), components.scheduler)
+
+    def loss(step: int, generator: torch.Generator) -> Tensor:
+        clean, texts = draw(generator)
+        ids = token_ids(tokenizer, without_some(texts, settings.caption_dropout, generator)).to(device)
+        return criterion(model, clean.to(device), ids, generator=generator).mean()
+
+    fit("lora", model.adapter, loss, settings.fit, folder, seed, report, **options)
 
 
 def train_lora(
@@ -93,47 +142,18 @@ def train_lora(
 
     data: latents as the UNet sees them, [C, h, w] of one size, with their captions; anything with a length
     and an index. The model is the same afterwards; nobody else may run it meanwhile. `folder` keeps the state
-    that a stopped run goes on from. Raises InvalidArgument; CheckpointError for an inpainting model; and what
-    `fit` raises.
+    that a stopped run goes on from. Raises what `LoraModel` and `fit` do.
     """
-    channels = components.unet.config.latent_channels
-    if components.unet.config.inpaints:
-        why = f"is {components.unet.config.in_channels}: an inpainting model cannot be tuned yet"
-        raise CheckpointError(components.path, "unet in_channels", why)
-    rank = integer("rank", settings.rank, 1, MAX_RANK)
-    alpha = float(rank) if settings.alpha is None else number("alpha", settings.alpha, 1e-6, 1e6)
-    dropout = number("caption_dropout", settings.caption_dropout, 0, 1)
     if not len(data):
         raise InvalidArgument("data", [], "at least one pair of latents and caption")
-    chosen = {
-        **_choose("unet", components.unet, "targets", settings.targets),
-        **_choose("text_encoder", components.text_encoder, "text_targets", settings.text_targets),
-    }
-    if not chosen:
-        raise InvalidArgument("targets", (), "at least one, or text_targets")
-    model = TextToLatents(components.unet, components.text_encoder)
-    first = next(iter(chosen.values())).weight
-    device, dtype = first.device, first.dtype
-    adapter = Adapter(chosen, rank, alpha, torch.Generator().manual_seed(seed))
-    criterion = Criterion(Objective(), components.scheduler)
+    model = LoraModel(components, settings, seed)
 
-    def loss(step: int, generator: torch.Generator) -> Tensor:
+    def draw(generator: torch.Generator) -> tuple[Tensor, list[str]]:
         rows = torch.randint(len(data), (settings.fit.batch,), generator=generator)
-        clean, texts = _batch(data, rows.tolist(), channels)
-        texts = without_some(texts, dropout, generator)
-        ids = token_ids(components.tokenizer, texts).to(device)
+        return _batch(data, rows.tolist(), components.unet.config.latent_channels)
 
-        def predict(noisy: Tensor, times: Tensor) -> Tensor:
-            return functional_call(model, adapter.weights(chosen), (noisy.to(dtype), times, ids))
-
-        return criterion(predict, clean.to(device), generator=generator).mean()
-
-    fit("lora", adapter, loss, settings.fit, folder, seed, report)
-    factors: dict[str, dict[str, tuple[Tensor, Tensor]]] = {}
-    for full in adapter.names:
-        part, _, name = full.partition(".")
-        factors.setdefault(part, {})[name] = adapter.pair(full)
-    write_lora(output, factors, alpha)
+    fit_lora(model, components, draw, folder, seed, report)
+    model.write(output)
 
 
 def _choose(part: str, network: nn.Module, argument: str, ends: Sequence[str]) -> Adaptable:
@@ -156,3 +176,14 @@ def _batch(data: Sequence[tuple[Tensor, str]], rows: list[int], channels: int) -
             allowed = f"latents [{channels}, h, w], of one size in all"
             raise InvalidArgument(f"data[{row}]", list(latents.shape), allowed)
     return torch.stack([latents.float().cpu() for latents, _ in pairs]), [text for _, text in pairs]
+
+
+__all__ = [
+    "ATTENTION",
+    "TEXT_ATTENTION",
+    "Adapter",
+    "LoraModel",
+    "LoraSettings",
+    "fit_lora",
+    "train_lora",
+]

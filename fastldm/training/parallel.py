@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+from fastldm.checkpoint.atomic import replacing
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,18 @@ class Workers:
         dist.all_reduce(flat)
         for tensor, part in zip(given, flat.split([tensor.numel() for tensor in given]), strict=True):
             tensor.copy_(part.view_as(tensor))
+
+    def kept(self, file: Path, make: Callable[[], Any]) -> Any:
+        """What the file holds, tensors above all; where there is none, what `make` gives the leading process,
+        which writes it for all.
+        """
+        if self.leads and not file.exists():
+            made = make()
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(file) as temporary:
+                torch.save(made, temporary)
+        self.wait()
+        return torch.load(file, weights_only=True)
 
     def wait(self) -> None:
         """Until every process is here."""

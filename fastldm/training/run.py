@@ -7,38 +7,39 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastldm.abilities import Abilities
 from fastldm.checkpoint import load_components, save_folder
-from fastldm.checkpoint.atomic import replacing
 from fastldm.models.layers import channels_last
 from fastldm.models.tokenizer import Tokenizer
 from fastldm.models.vae import AutoencoderKL
 from fastldm.models.vq import VQModel
 from fastldm.scenes import KINDS, VOCABULARY
-from fastldm.training.autoencoder import encode_all, train_autoencoder, train_decoder
-from fastldm.training.config import DiffusionSection, JudgeConfig, TrainConfig, read_config
+from fastldm.training.autoencoder import check_cached, encode_all, train_autoencoder, train_decoder
+from fastldm.training.config import DiffusionSection, JudgeConfig, LoraConfig, TrainConfig, read_config
 from fastldm.training.data import PictureData, SceneData
 from fastldm.training.diffusion import TextToLatents, new_unet, train_diffusion
 from fastldm.training.folder import FolderData
 from fastldm.training.hints import UPSCALING, make_hints
 from fastldm.training.judge import train_judge
+from fastldm.training.lora_run import learn_lora
 from fastldm.training.parallel import joined, local_device
 from fastldm.training.reconstruction import reconstruction_report
-from fastldm.training.samples import GUIDANCE, PROMPTS, draw_samples
+from fastldm.training.samples import GUIDANCE, PROMPTS, SHOWN, draw_samples
 from fastldm.training.session import Session
 from fastldm.training.text import new_text_encoder, train_text_encoder
 
-SHOWN = 8  # pictures of a sample grid
 JUDGED = 100  # pictures that the autoencoder is measured on
+LATENTS = "latents.pt"
 
 
 def main(config_file: str | Path, report: Callable[[str], None] = print, strict: bool = False) -> Path:
     """Train the model of a TOML configuration and return the folder it was written to, in the diffusers
-    layout, bfloat16; of a judge's, the file.
+    layout, bfloat16; of a LoRA's, its folder; of a judge's, the file.
 
     Run it again after an interruption: it goes on from the last saved state and ends with the same weights.
     Under torchrun the processes share the work. `strict`: a picture that cannot be used is an error.
@@ -49,6 +50,8 @@ def main(config_file: str | Path, report: Callable[[str], None] = print, strict:
     try:
         if isinstance(config, JudgeConfig):
             return train_judge(config, report)
+        if isinstance(config, LoraConfig):
+            return learn_lora(config, report, strict)
         return _train(config, report, strict)
     finally:
         torch.set_num_threads(before)
@@ -71,7 +74,7 @@ def _train(config: TrainConfig, report: Callable[[str], None], strict: bool) -> 
 
         def sample(step: int) -> None:
             file = config.folder / f"samples-{step}.png"
-            draw_samples(file, vae, model, section.scheduler, tokenizer, prompts)
+            draw_samples(file, vae, model, section.scheduler, tokenizer, prompts, latents[0].shape[-1])
 
         train_diffusion(session, data, latents, hints, tokenizer, model, sample)
         if workers.leads:
@@ -169,8 +172,8 @@ def scaled_latents(
     where a resumed run finds them.
     """
     config = session.config
-    cache = config.folder / "latents.pt"
-    if session.workers.leads and not cache.exists():
+
+    def make() -> dict[str, Any]:
         means, deviations = encode_all(vae, data.images)
         if config.autoencoder.fit is not None:
             scale, shift = 1 / float(means.std()), float(means.mean())
@@ -178,14 +181,13 @@ def scaled_latents(
         generator = torch.Generator().manual_seed(config.seed + 4)
         count = min(config.diffusion.hints, len(data.images))
         hints = make_hints(data, count, lambda images: _scaled(vae, encode_all(vae, images)[0]), generator)
-        config.folder.mkdir(parents=True, exist_ok=True)
-        with replacing(cache) as temporary:
-            scaling = {"scaling_factor": vae.config.scaling_factor, "shift_factor": vae.config.shift_factor}
-            latents = _scaled(vae, means), deviations * vae.config.scaling_factor
-            torch.save({**scaling, "latents": latents, "hints": hints}, temporary)
-    session.workers.wait()
-    kept = torch.load(cache, weights_only=True)
+        scaling = {"scaling_factor": vae.config.scaling_factor, "shift_factor": vae.config.shift_factor}
+        latents = _scaled(vae, means), deviations * vae.config.scaling_factor
+        return {**scaling, "latents": latents, "hints": hints}
+
+    kept = session.workers.kept(config.folder / LATENTS, make)
     latents, hints = kept.pop("latents"), kept.pop("hints")
+    check_cached(config.folder / LATENTS, latents[0], data)
     vae.config = replace(vae.config, **kept)
     return latents, hints
 

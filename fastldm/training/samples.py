@@ -15,12 +15,13 @@ from fastldm.models.vae import AutoencoderKL
 from fastldm.models.vq import VQModel
 from fastldm.scenes import contact_sheet
 from fastldm.training.diffusion import TextToLatents
+from fastldm.training.lora import LoraModel
 from fastldm.training.reconstruction import to_pixels
 from fastldm.training.text import token_ids
 
 STEPS = 25
 GUIDANCE = 3.0
-COLUMNS = 4
+COLUMNS, SHOWN = 4, 8
 PROMPTS = (
     "a red circle on a white background",
     "a large blue house",
@@ -35,14 +36,18 @@ PROMPTS = (
 
 @torch.no_grad()
 def sample_latents(
-    model: TextToLatents, scheduler: SchedulerConfig, tokenizer: Tokenizer, prompts: Sequence[str], seed: int
+    model: TextToLatents | LoraModel,
+    scheduler: SchedulerConfig,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    side: int,
+    seed: int,
 ) -> Tensor:
-    """Scaled latents [prompts, C, h, w] by the scheduler's own sampler, guided."""
-    device = next(model.parameters()).device
+    """Scaled latents [prompts, C, side, side] by the scheduler's own sampler, guided."""
+    device = next(model.unet.parameters()).device
     table = build_table(scheduler, STEPS, guidance_scale=GUIDANCE)
     ids = token_ids(tokenizer, [""] * len(prompts) + list(prompts)).to(device)
-    config = model.unet.config
-    shape = (len(prompts), config.latent_channels, config.sample_size, config.sample_size)
+    shape = (len(prompts), model.unet.config.latent_channels, side, side)
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device)
 
     def predict(x: Tensor, times: Tensor) -> Tensor:
@@ -55,13 +60,14 @@ def sample_latents(
 def draw_samples(
     file: Path,
     vae: AutoencoderKL | VQModel,
-    model: TextToLatents,
+    model: TextToLatents | LoraModel,
     scheduler: SchedulerConfig,
     tokenizer: Tokenizer,
     prompts: Sequence[str],
+    side: int,
 ) -> None:
-    """Write a grid of pictures, one a prompt, the same noise every time."""
-    latents = sample_latents(model, scheduler, tokenizer, prompts, seed=0)
+    """Write a grid of pictures, one a prompt, of latents of this side; the same noise every time."""
+    latents = sample_latents(model, scheduler, tokenizer, prompts, side, seed=0)
     images = vae.decode(latents / vae.config.scaling_factor + vae.config.shift_factor)
     pixels = to_pixels(images).cpu().numpy()
     with replacing(file) as temporary:

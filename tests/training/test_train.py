@@ -224,6 +224,34 @@ def test_averages_are_kept_on_the_way(tmp_path: Path) -> None:
     assert not torch.equal(torch.load(tmp_path / "it-3.pt", weights_only=True)["weight"], module.weight)
 
 
+@pytest.mark.parametrize("ema_decay", [0.0, 0.9])
+def test_what_is_sampled_on_the_way(tmp_path: Path, ema_decay: float) -> None:
+    """The averages, or without any the weights themselves; neither disturbs the training."""
+    seen = {}
+    for sampled in (3, 0):
+        module, settings = problem(6, sample_every=sampled)
+        settings = replace(settings, ema_decay=ema_decay)
+
+        def sample(step: int, module: nn.Module = module) -> None:
+            assert not module.training
+            seen[step] = module.weight.detach().clone()
+
+        fit("it", module, loss_of(module), settings, tmp_path / str(sampled), 1, str, sample=sample)
+        seen[-sampled] = module.weight.detach().clone()
+    assert torch.equal(seen[6], seen[-3]) and torch.equal(seen[6], seen[0])
+    state = torch.load(tmp_path / "3" / "it.pt", weights_only=True)
+    assert torch.equal(seen[6], state["module"]["weight"]) == (ema_decay == 0)
+    assert not torch.equal(seen[3], seen[6])
+
+
+def test_an_average_may_be_asked_for_later(tmp_path: Path) -> None:
+    module, settings = problem(5)
+    fit("it", module, loss_of(module), replace(settings, ema_decay=0.0), tmp_path, 1, str)
+    more, settings = problem(10)
+    fit("it", more, loss_of(more), settings, tmp_path, 1, str)
+    assert torch.load(tmp_path / "it.pt", weights_only=True)["average"].keys() == {"weight", "bias"}
+
+
 def test_training_goes_on_from_a_model_folder(tmp_path: Path) -> None:
     """The encoder, and so every latent, stays unless the autoencoder has a fit of its own."""
     run.main(tiny_config(tmp_path), str)
