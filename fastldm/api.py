@@ -34,19 +34,23 @@ def load(
     tokenizer: Any = None,
     backends: str | tuple[str, ...] | list[str] | None = None,
     offload_text_encoder: bool = False,
+    allow_pickle: bool = False,
 ) -> Pipeline:
-    """Load a model: a diffusers folder, a single .safetensors file, "default" (the shipped one) or a Hub id.
+    """Load a model: a diffusers folder, a single file, "default" (the shipped one) or a Hub id.
 
     device: "cuda" where there is one, else "cpu". dtype: "fp32", "fp16" or "bf16"; float32 on a CPU,
     bfloat16 on a GPU unless given. config: fields that override what the files say. tokenizer: a folder
     with another one. backends: the order in which ops look for a kernel (see FASTLDM_BACKENDS).
-    offload_text_encoder: its weights stay in the host's memory and visit a GPU for new prompts only. Raises
+    offload_text_encoder: its weights stay in the host's memory and visit a GPU for new prompts only.
+    allow_pickle: read .ckpt, .pt and .bin files too, their tensors alone; nothing in them is run. Raises
     CheckpointError naming file and key, InvalidArgument, BackendUnavailable.
     """
     place = _device(device)
     kind = _dtype(dtype, place)
     chosen = None if backends is None else ops.resolve(backends)
-    components = load_components(path, dtype=kind, device=place, config=config, tokenizer=tokenizer)
+    components = load_components(
+        path, dtype=kind, device=place, config=config, tokenizer=tokenizer, allow_pickle=allow_pickle
+    )
     with ops.use_backends(chosen):
         order_in_force()  # loads the kernels, for which the first picture would wait
     return Pipeline(components, place, kind, chosen, offload_text_encoder)

@@ -20,7 +20,7 @@ from typing import Any, NoReturn, TypeAlias
 
 import fastldm
 from fastldm.bench import options as bench_options
-from fastldm.cli_generate import CONFIG_HELP, TOKENIZER_HELP, add_options, generate, one_line
+from fastldm.cli_generate import CONFIG_HELP, PICKLE_HELP, TOKENIZER_HELP, add_options, generate, one_line
 from fastldm.errors import FastLDMError, InvalidArgument
 
 Facts: TypeAlias = Mapping[str, Any]
@@ -183,15 +183,17 @@ def _parser() -> Parser:
     command.set_defaults(run=info)
     command.add_argument("path", metavar="PATH", help="a model folder or file, a Hub id, or a PNG")
     command.add_argument("--config", metavar="CONFIG", help=CONFIG_HELP)
+    command.add_argument("--allow-pickle", action="store_true", help=PICKLE_HELP)
     command.add_argument("--json", action="store_true", default=False, help="print JSON")
 
     command = commands.add_parser("convert", help=convert.__doc__, argument_default=argparse.SUPPRESS)
     command.set_defaults(run=convert)
-    command.add_argument("source", metavar="SOURCE", help="a diffusers folder or a .safetensors file")
-    command.add_argument("destination", metavar="DESTINATION", help="the other of the two")
+    command.add_argument("source", metavar="SOURCE", help="a diffusers folder or a single file")
+    command.add_argument("destination", metavar="DESTINATION", help="a .safetensors file, or a folder")
     command.add_argument("--config", metavar="CONFIG", help=CONFIG_HELP)
     command.add_argument("--tokenizer", metavar="PATH", help=TOKENIZER_HELP)
     command.add_argument("--overwrite", action="store_true", help="replace what is at the destination")
+    command.add_argument("--allow-pickle", action="store_true", help=PICKLE_HELP)
 
     command = commands.add_parser("doctor", help=doctor.__doc__, argument_default=argparse.SUPPRESS)
     command.set_defaults(run=doctor)

@@ -27,9 +27,10 @@ REPLAYED = (
 GIVEN = "image mask segmentation".split()  # pictures that no PNG holds, but for a hash
 SAMPLER_HELP = "ddpm, ddim, ddim_compvis, euler, euler_a, dpmpp_2m, flow_euler (the model's)"
 CONFIG_HELP = "of a single file: a JSON file, a diffusers folder, v_prediction or epsilon"
+PICKLE_HELP = "read the tensors of a .ckpt, .pt or .bin file; nothing in it is run"
 TOKENIZER_HELP = "a tokenizer folder or tokenizer.json"
 SHORTCUTS = "guidance_interval whole_every".split()
-LOADING = "model device dtype config tokenizer backends offload_text_encoder".split()
+LOADING = "model device dtype config tokenizer backends offload_text_encoder allow_pickle".split()
 CHECKED_PATHS = 4096  # more images than this are refused by the memory limit
 
 
@@ -166,7 +167,8 @@ def add_options(command: argparse.ArgumentParser) -> None:
 
 def _loading_options(command: argparse.ArgumentParser) -> None:
     add = command.add_argument_group("the model").add_argument
-    add("--model", metavar="PATH", help="folder, .safetensors file or Hub id (the shipped model)")
+    add("--model", metavar="PATH", help="folder, single file or Hub id (the shipped model)")
+    add("--allow-pickle", action="store_true", help=PICKLE_HELP)
     add("--lora", type=_lora, action="append", metavar="FILE[:WEIGHT]", help="merge it (1); several add up")
     add("--device", metavar="NAME", help="cpu, cuda, cuda:1 (the best there is)")
     add("--dtype", metavar="NAME", help="fp32, bf16 or fp16 (the device's)")

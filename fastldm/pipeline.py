@@ -386,7 +386,7 @@ class Pipeline:
 
     @cached_property
     def _hash(self) -> str:
-        return inspect(self.components.path).hash
+        return inspect(self.components.path, allow_pickle=True).hash  # it has been loaded already
 
     def _describe(self, request: Request, loras: list[dict[str, Any]], index: int) -> Mapping[str, Any]:
         """What a PNG of image `index` says of its making."""

@@ -1,4 +1,4 @@
-"""Safetensors files: a header reader with limits, tensors as byte ranges, and an atomic writer.
+"""Weight files: tensors as byte ranges of a file; a safetensors header reader with limits, an atomic writer.
 
 The format is eight bytes of header length (little endian), a JSON header `name → {dtype, shape,
 data_offsets}`, then the data.
@@ -33,7 +33,7 @@ ITEM_SIZES = {
     **dict.fromkeys(("F8_E4M3", "F8_E5M2", "F8_E8M0", "I8", "U8", "BOOL"), 1),
 }
 
-PICKLE = "is a pickle (.ckpt, .pt, .bin); fastldm loads no pickles: convert it to safetensors"
+PICKLE = "is a pickle (.ckpt, .pt, .bin); fastldm loads no pickles here: convert it to safetensors"
 FOREIGN = (
     (b"PK\x03\x04", PICKLE),
     (b"\x80", PICKLE),
@@ -49,9 +49,9 @@ FOREIGN = (
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """Bytes begin…end of a safetensors file."""
+    """Bytes begin…end of a weight file."""
 
-    file: SafetensorsFile
+    file: WeightFile
     begin: int
     end: int
 
@@ -84,8 +84,8 @@ class Entry:
             yield memoryview(span.file.map())[span.begin : span.end]
 
 
-class SafetensorsFile:
-    """The checked header of a safetensors file; `map()` gives its bytes."""
+class WeightFile:
+    """A file of named tensors, of which the description is read and checked; `map()` gives the bytes."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -95,8 +95,11 @@ class SafetensorsFile:
             self.metadata, self.entries = self._read(file)
         self._mapping: Callable[[], mmap.mmap | None] = lambda: None
 
+    def _read(self, file: BinaryIO) -> tuple[dict[str, str], dict[str, Entry]]:
+        raise NotImplementedError
+
     def map(self) -> mmap.mmap:
-        """The file as a copy-on-write memory map; CheckpointError if it changed since its header was read.
+        """The file as a copy-on-write memory map; CheckpointError if it changed since it was described.
 
         There is one map as long as anything uses it, and none that outlives the tensors that lie in it.
         """
@@ -109,6 +112,10 @@ class SafetensorsFile:
                 mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
             self._mapping = weakref.ref(mapping)
         return mapping
+
+
+class SafetensorsFile(WeightFile):
+    """A safetensors file."""
 
     def _read(self, file: BinaryIO) -> tuple[dict[str, str], dict[str, Entry]]:
         start = file.read(32)

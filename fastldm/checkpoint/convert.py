@@ -13,6 +13,7 @@ from fastldm.checkpoint.container import Entry, Payload, write_safetensors
 from fastldm.checkpoint.defaults import ABILITIES, default_abilities
 from fastldm.checkpoint.load import Config, open_source, pad_id, read_scheduler, read_tokenizer
 from fastldm.checkpoint.networks import build
+from fastldm.checkpoint.pickles import PickleFile
 from fastldm.checkpoint.rename import CLIP, OPEN_CLIP
 from fastldm.checkpoint.save import write_folder
 from fastldm.checkpoint.single import METADATA, single_names
@@ -33,20 +34,23 @@ def convert(
     config: Config = None,
     tokenizer: Tokenizer | str | os.PathLike[str] | None = None,
     overwrite: bool = False,
+    allow_pickle: bool = False,
 ) -> Path:
     """Write a diffusers folder as a single .safetensors file, or a single file as a folder; return where.
+
+    With `allow_pickle` the single file may be a pickle; that can be written as .safetensors too.
 
     Weights keep their dtype and every bit, there and back. Keys that no network needs are left out. The
     single file's metadata holds what shapes do not tell (configurations, prediction type, a tokenizer that is
     not CLIP's), so that nothing is guessed when it is loaded. A destination that exists is refused unless
     `overwrite`; when writing fails it is left as it was.
     """
-    model = open_source(source, config)
+    model = open_source(source, config, allow_pickle)
     place = _destination(model, destination, overwrite)
     networks = build(model)
     prediction = read_scheduler(model).prediction
     words = read_tokenizer(model, networks.text_encoder.config.vocab_size, tokenizer)
-    if model.path.is_file():
+    if place.suffix != ".safetensors":
         configs = {name: part.config for name, part in model.parts.items()}
         weights = {name: _payloads(part.tensors) for name, part in model.parts.items()}
         write_folder(place, configs, weights, words, model.scheduler, model.abilities)
@@ -59,9 +63,10 @@ def _destination(model: Source, destination: str | os.PathLike[str], overwrite: 
     """Where the other layout of a model may be written."""
     name = os.fspath(destination)
     place = Path(os.path.abspath(name))
-    to_folder = model.path.is_file()
-    if not name or (place.suffix == ".safetensors") == to_folder:
-        allowed = "a folder, for the source is a file" if to_folder else "a file that ends in .safetensors"
+    to_folder, from_folder = place.suffix != ".safetensors", model.path.is_dir()
+    pickled = not from_folder and isinstance(model.files[0], PickleFile)
+    if not name or (to_folder == from_folder and not pickled):
+        allowed = "a file that ends in .safetensors" if from_folder else "a folder, for the source is a file"
         raise InvalidArgument("destination", name, allowed)
     if place.exists():
         is_free = place.is_dir() and not any(place.iterdir())

@@ -7,11 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fastldm.checkpoint.container import Entry, SafetensorsFile
+from fastldm.checkpoint.container import Entry, WeightFile
 from fastldm.checkpoint.defaults import ABILITIES, read_abilities
 from fastldm.checkpoint.detect import FOREIGN_CLASSES, family_of
 from fastldm.checkpoint.limits import read_json
 from fastldm.checkpoint.overrides import overlay
+from fastldm.checkpoint.pickles import open_weights
 from fastldm.checkpoint.rename import modern_text_key, modern_vae_key
 from fastldm.checkpoint.source import PARTS, Part, Skipped, Source, as_matrix
 from fastldm.errors import CheckpointError
@@ -25,24 +26,24 @@ CLASSES = {
 NOT_NEEDED = ("safety_checker", "feature_extractor", "image_encoder")
 MAX_SHARDS = 256
 _WEIGHTS = re.compile(
-    r"(?:diffusion_pytorch_model|model)(?:\.(?P<before>\w+))?\.safetensors(?P<index>\.index(?:\.(?P<after>\w+))?\.json)?"
+    r"(?:diffusion_pytorch_model|pytorch_model|model)(?:\.(?P<before>\w+))?"
+    r"\.(?P<format>safetensors|bin)(?P<index>\.index(?:\.(?P<after>\w+))?\.json)?"
 )
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 
-def open_folder(path: Path, overrides: Mapping[str, Any]) -> Source:
+def open_folder(path: Path, overrides: Mapping[str, Any], allow_pickle: bool = False) -> Source:
     """Read a diffusers folder's configurations and the headers of its weight files."""
     if not (path / INDEX).is_file():
         raise CheckpointError(path, None, _not_a_model(path))
     index = read_json(path / INDEX)
     _check_index(path / INDEX, index)
     skipped = Skipped()
-    files: list[SafetensorsFile] = []
+    files: list[WeightFile] = []
     parts = {}
     for name in PARTS:
         config_file = path / name / "config.json"
         config = overlay(read_json(config_file), overrides.get(name))
-        weight_file, shards = _weight_files(path / name, overrides.get("variant"))
+        weight_file, shards = _weight_files(path / name, overrides.get("variant"), allow_pickle)
         parts[name] = Part(config, config_file, weight_file, _tensors(name, shards, skipped), lambda key: key)
         files += shards
     scheduler_file = path / "scheduler" / "scheduler_config.json"
@@ -95,11 +96,11 @@ def _check_index(file: Path, index: Mapping[str, Any]) -> None:
             raise CheckpointError(file, name, "is missing: the model has no such component")
 
 
-def _weight_files(folder: Path, variant: str | None) -> tuple[Path, list[SafetensorsFile]]:
+def _weight_files(folder: Path, variant: str | None, allow_pickle: bool) -> tuple[Path, list[WeightFile]]:
     """The file or index to blame for a component's missing tensors, and its weight files.
 
-    Without a variant asked for: the plain files, else fp16, else bf16, else the first variant by name; one
-    file before shards.
+    Safetensors before pickles. Without a variant asked for: the plain files, else fp16, else bf16, else the
+    first variant by name; one file before shards.
     """
     if not folder.is_dir():
         raise CheckpointError(folder, None, "is missing: a diffusers folder has a folder of that name")
@@ -110,18 +111,15 @@ def _weight_files(folder: Path, variant: str | None) -> tuple[Path, list[Safeten
             kind = match["before"] or match["after"] or ""
             if kind == variant or variant is None:
                 order = {"": 0, "fp16": 1, "bf16": 2}.get(kind, 3)
-                found.append((order, kind, match["index"] is not None, file))
+                found.append((match["format"] == "bin", order, kind, match["index"] is not None, file))
     if not found:
-        pickles = sorted(file.name for file in folder.iterdir() if file.suffix in _PICKLES)
-        why = f"holds no safetensors weights{f' of the variant {variant!r}' if variant else ''}"
-        raise CheckpointError(
-            folder, None, f"{why}; fastldm loads no pickles ({pickles[0]})" if pickles else why
-        )
-    _, _, sharded, file = min(found)
-    return file, _shards(file) if sharded else [SafetensorsFile(file)]
+        of_variant = f" of the variant {variant!r}" if variant else ""
+        raise CheckpointError(folder, None, f"holds no weights{of_variant}, neither .safetensors nor .bin")
+    *_, sharded, file = min(found)
+    return file, _shards(file, allow_pickle) if sharded else [open_weights(file, allow_pickle)]
 
 
-def _shards(index_file: Path) -> list[SafetensorsFile]:
+def _shards(index_file: Path, allow_pickle: bool) -> list[WeightFile]:
     """The files beside a shard index that it names; they must hold exactly the tensors that it says."""
     weight_map = read_json(index_file).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
@@ -132,13 +130,13 @@ def _shards(index_file: Path) -> list[SafetensorsFile]:
             index_file, "weight_map", f"names {len(names)} files; the limit is {MAX_SHARDS}"
         )
     for name in names:
-        if not re.fullmatch(r"[\w][\w.\-]*\.safetensors", name):
+        if not re.fullmatch(r"[\w][\w.\-]*\.(safetensors|bin)", name):
             raise CheckpointError(
                 index_file,
                 "weight_map",
-                f"names the file {name!r:.80}; a plain name of a safetensors file is allowed",
+                f"names the file {name!r:.80}; a plain name of a safetensors or .bin file is allowed",
             )
-    shards = [SafetensorsFile(index_file.with_name(name)) for name in names]
+    shards = [open_weights(index_file.with_name(name), allow_pickle) for name in names]
     for shard in shards:
         for key in shard.entries:
             if weight_map.pop(key, None) != shard.path.name:
@@ -153,7 +151,7 @@ def _shards(index_file: Path) -> list[SafetensorsFile]:
     return shards
 
 
-def _tensors(part: str, files: list[SafetensorsFile], skipped: Skipped) -> dict[str, Entry]:
+def _tensors(part: str, files: list[WeightFile], skipped: Skipped) -> dict[str, Entry]:
     """A component's tensors by the names in use today; harmless ones are counted."""
     found: dict[str, Entry] = {}
     for file in files:

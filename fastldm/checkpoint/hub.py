@@ -10,7 +10,7 @@ from fastldm.checkpoint.source import PARTS
 from fastldm.errors import CheckpointError, InvalidArgument
 
 DEFAULT = Path(__file__).parents[1] / "assets" / "default"
-ALLOWED = "a diffusers folder, a .safetensors file, 'default', or a Hub id such as 'owner/name'"
+ALLOWED = "a diffusers folder, a single file, 'default', or a Hub id such as 'owner/name'"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.\-]{0,95}/[A-Za-z0-9][\w.\-]{0,95}")
 _MODEL_FILES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".json", ".zip", ".gguf")
 

@@ -38,9 +38,9 @@ class ModelInfo:
     warnings: tuple[str, ...]
 
 
-def inspect(path: str | os.PathLike[str], config: Config = None) -> ModelInfo:
+def inspect(path: str | os.PathLike[str], config: Config = None, allow_pickle: bool = False) -> ModelInfo:
     """Read a model's headers, check them against the architecture, hash its weight files; load nothing."""
-    source = open_source(path, config)
+    source = open_source(path, config, allow_pickle)
     build(source)
     scheduler = read_scheduler(source)
     parameters = {

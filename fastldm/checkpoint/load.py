@@ -49,12 +49,13 @@ class Components:
     abilities: Abilities = Abilities()
 
 
-def open_source(path: str | os.PathLike[str], config: Config = None) -> Source:
+def open_source(path: str | os.PathLike[str], config: Config = None, allow_pickle: bool = False) -> Source:
     """The headers and configurations of a model, folder or single file, by what is there."""
     overrides = read_overrides(config)
     place = resolve(path)
     try:
-        return open_folder(place, overrides) if place.is_dir() else open_single(place, overrides)
+        opened = open_folder if place.is_dir() else open_single
+        return opened(place, overrides, allow_pickle)
     except OSError as error:
         raise CheckpointError(place, None, f"cannot be read: {error.strerror or error}") from error
 
@@ -66,14 +67,16 @@ def load_components(
     device: str | torch.device = "cpu",
     config: Config = None,
     tokenizer: Tokenizer | str | os.PathLike[str] | None = None,
+    allow_pickle: bool = False,
 ) -> Components:
-    """Load a diffusers folder, a single .safetensors file, "default" (the shipped model) or a Hub id.
+    """Load a diffusers folder, a single file, "default" (the shipped model) or a Hub id.
 
     `dtype` None is float32, whatever the file holds. `config` overrides what the files say (see
-    `read_overrides`), `tokenizer` is one, or a folder with one, in place of the model's. CheckpointError
-    names the file and the key at fault.
+    `read_overrides`), `tokenizer` is one, or a folder with one, in place of the model's. `allow_pickle`
+    reads the tensors of .ckpt, .pt and .bin files too (see `pickles`). CheckpointError names the file and the
+    key at fault.
     """
-    source = open_source(path, config)
+    source = open_source(path, config, allow_pickle)
     networks = build(source)
     scheduler = read_scheduler(source)
     words = read_tokenizer(source, networks.text_encoder.config.vocab_size, tokenizer)

@@ -1,4 +1,4 @@
-"""Single files: one .safetensors with CompVis names holds all three networks and seldom a configuration."""
+"""Single files: one file with CompVis names holds all three networks and seldom a configuration."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from fastldm.checkpoint.container import Entry, SafetensorsFile
+from fastldm.checkpoint.container import Entry, WeightFile
 from fastldm.checkpoint.defaults import ABILITIES, SCHEDULERS, read_abilities
 from fastldm.checkpoint.detect import (
     Shapes,
@@ -25,6 +25,7 @@ from fastldm.checkpoint.detect import (
 from fastldm.checkpoint.limits import parse_json
 from fastldm.checkpoint.networks import read_network_config
 from fastldm.checkpoint.overrides import PREDICTIONS, overlay
+from fastldm.checkpoint.pickles import open_weights
 from fastldm.checkpoint.rename import OPEN_CLIP, STAGES, Names, text_names, unet_names, vae_names
 from fastldm.checkpoint.source import PARTS, Part, Skipped, Source, as_matrix
 from fastldm.checkpoint.tensors import DTYPES, read_tensor
@@ -45,9 +46,9 @@ V_PREDICTION_STD = 0.09
 _NORM = re.compile(r"model\.diffusion_model\.output_blocks\.(\d+)\.1\.transformer_blocks\.0\.norm1\.bias")
 
 
-def open_single(path: Path, overrides: Mapping[str, Any]) -> Source:
+def open_single(path: Path, overrides: Mapping[str, Any], allow_pickle: bool = False) -> Source:
     """Work out from a single file's header what it is; of the tensors, only two small ones may be read."""
-    file = SafetensorsFile(path)
+    file = open_weights(path, allow_pickle)
     refuse_foreign(path, file.entries)
     embedded = _embedded(file)
     shapes = {key: entry.shape for key, entry in file.entries.items()}
@@ -100,7 +101,7 @@ def single_names(configs: Mapping[str, Mapping[str, Any]], stage: str, file: Pat
 
 
 def _renamed(
-    file: SafetensorsFile, names: dict[str, Names], stage: str, skipped: Skipped
+    file: WeightFile, names: dict[str, Names], stage: str, skipped: Skipped
 ) -> dict[str, dict[str, Entry]]:
     """The file's tensors by network and folder name; harmless ones are counted, any other key is an error."""
     found: dict[str, dict[str, Entry]] = {part: {} for part in PARTS}
@@ -126,7 +127,7 @@ def _is_unused_layer(key: str, stage: str, names: Names) -> bool:
     return layer is not None and names.to_folder(f"{layer[1]}0{layer[2]}") != ()
 
 
-def _cut(file: SafetensorsFile, entry: Entry, parts: int) -> list[Entry]:
+def _cut(file: WeightFile, entry: Entry, parts: int) -> list[Entry]:
     if parts < 2:
         return [entry] * parts
     if not entry.shape or entry.shape[0] % parts:
@@ -136,7 +137,7 @@ def _cut(file: SafetensorsFile, entry: Entry, parts: int) -> list[Entry]:
     return entry.rows(parts)
 
 
-def _embedded(file: SafetensorsFile) -> dict[str, Any]:
+def _embedded(file: WeightFile) -> dict[str, Any]:
     """The configurations and tokenizer files that fastldm wrote into this file's metadata, if it did."""
     text = file.metadata.get(METADATA)
     if text is None:
@@ -153,7 +154,7 @@ def _embedded(file: SafetensorsFile) -> dict[str, Any]:
     return found
 
 
-def _scaling_factor(file: SafetensorsFile) -> float | None:
+def _scaling_factor(file: WeightFile) -> float | None:
     """The factor from latents to unit variance, stored where training measured it."""
     entry = file.entries.get("scale_factor")
     if entry is None:
@@ -169,7 +170,7 @@ def _scaling_factor(file: SafetensorsFile) -> float | None:
 
 
 def _prediction(
-    file: SafetensorsFile, family: str, embedded: Mapping[str, Any], overrides: Mapping[str, Any]
+    file: WeightFile, family: str, embedded: Mapping[str, Any], overrides: Mapping[str, Any]
 ) -> tuple[str, list[str]]:
     """What the UNet predicts, and a warning when that is a guess.
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fastldm.abilities import Abilities
-from fastldm.checkpoint.container import Entry, SafetensorsFile
+from fastldm.checkpoint.container import Entry, WeightFile
 from fastldm.checkpoint.rename import harmless
 
 PARTS = ("unet", "vae", "text_encoder")
@@ -36,7 +36,7 @@ class Source:
     scheduler: dict[str, Any]
     scheduler_file: Path
     tokenizer: Path | dict[str, str] | None  # a folder; or files embedded in a single file; None: CLIP's
-    files: tuple[SafetensorsFile, ...]
+    files: tuple[WeightFile, ...]
     skipped: dict[str, int]
     warnings: tuple[str, ...]
 

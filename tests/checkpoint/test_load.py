@@ -424,13 +424,13 @@ def test_folders_that_are_no_model_say_why(tiny_sd1: Any, tmp_path: Path) -> Non
         shutil.copytree(tiny_sd1.folder, model)
         target = model / missing
         shutil.rmtree(target) if target.is_dir() else target.unlink()
-        with pytest.raises(CheckpointError, match="is missing|cannot be read|holds no safetensors") as caught:
+        with pytest.raises(CheckpointError, match="is missing|cannot be read|holds no weights") as caught:
             load_components(model)
         assert str(target.parent) in caught.value.file
     shutil.rmtree(model)
     shutil.copytree(tiny_sd1.folder, model)
-    (model / "unet" / UNET).rename(model / "unet" / "diffusion_pytorch_model.bin")
-    refused(model, "loads no pickles")
+    (model / "unet" / UNET).rename(model / "unet" / "weights.ckpt")
+    refused(model, "holds no weights, neither .safetensors nor .bin")
 
 
 def test_a_single_file_has_clips_tokenizer(tiny: Any, tmp_path: Path) -> None:
