@@ -148,9 +148,9 @@ def test_the_game_equals_the_original(recorded: Recorded, name: str) -> None:
 
 
 SECTION = AutoencoderSection(
-    FitSettings(1, 1, 1.0),
     (8, 8),
     2,
+    FitSettings(1, 1, 1.0),
     kind="vq",
     codes=10,
     codebook_weight=0.7,
@@ -219,7 +219,7 @@ def test_training_against_a_critic_resumes_to_the_bit_and_moves_both_players(tmp
 
         passes = 0
         config = TrainConfig(
-            folder, folder, section, DiffusionSection(section.fit, (8, 8), (0, 1), (1, 1)), seed=1
+            folder, folder, section, DiffusionSection(FitSettings(1, 1, 1.0), (8, 8), (0, 1), (1, 1)), seed=1
         )
         spied = SimpleNamespace(images=data.images, crops=data_until)
         train_autoencoder(Session(config, report=str), spied)
