@@ -22,6 +22,7 @@ from fastldm.errors import (
 if TYPE_CHECKING:
     from fastldm.api import generate, load
     from fastldm.canvas import padded
+    from fastldm.interpolation import interpolate
     from fastldm.inversion import invert
     from fastldm.pipeline import Pipeline
     from fastldm.result import Result
@@ -32,6 +33,7 @@ __version__ = "0.1.0"
 
 _LAZY = {
     "generate": "api",
+    "interpolate": "interpolation",
     "invert": "inversion",
     "load": "api",
     "padded": "canvas",
@@ -52,6 +54,7 @@ __all__ = [
     "Result",
     "Shortcuts",
     "generate",
+    "interpolate",
     "invert",
     "load",
     "padded",

@@ -38,12 +38,14 @@ def generate(options: dict[str, Any]) -> None:
     """Make pictures and print the path of each."""
     from fastldm import images
 
+    if len(options.get("prompt", ())) == 1:
+        (options["prompt"],) = options["prompt"]
     as_grid, quiet = options.pop("grid", False), options.pop("quiet", False)
     replay, output = options.pop("replay", None), options.pop("output", None)
     if output is None:
         output = "out.png" if replay is None else f"{os.path.splitext(replay)[0]}-replay.png"
     loading = {name: options.pop(name) for name in LOADING if name in options}
-    loras = options.pop("lora", [])
+    loras, frames = options.pop("lora", []), options.pop("interpolate", None)
     shortcuts = {name: options.pop(name) for name in SHORTCUTS if name in options}
     if shortcuts:
         options["shortcuts"] = shortcuts
@@ -54,7 +56,8 @@ def generate(options: dict[str, Any]) -> None:
         model, recorded, made_from = _replayed(replay, options, loading, loras)
         options = recorded | options
         loading.setdefault("model", model)
-    count = options.get("num_images", 1)
+    several = options["prompt"] if isinstance(options.get("prompt"), list) else [None]
+    count = options.get("num_images", 1) * len(several) if frames is None else max(frames, 2)
     images.output_paths(output, count if 1 <= count <= CHECKED_PATHS and not as_grid else 1)
 
     started = time.perf_counter()
@@ -62,7 +65,12 @@ def generate(options: dict[str, Any]) -> None:
     for lora, weight in loras:
         pipe.load_lora(lora, weight)
     loaded = time.perf_counter() - started
-    result = pipe.generate(progress=not quiet and is_terminal(sys.stderr), **options)
+    options["progress"] = not quiet and is_terminal(sys.stderr)
+    if frames is None:
+        result = pipe.generate(**options)
+    else:
+        prompts, seeds = options.pop("prompt", None), options.pop("seed", 0)
+        result = fastldm.interpolate(pipe, prompts, seeds, frames, **options)
     for warning in (*result.warnings, *_others(made_from, result)):
         print(f"fastldm: warning: {one_line(warning)}", file=sys.stderr)
     for path in result.save(output, as_grid=as_grid):
@@ -70,7 +78,7 @@ def generate(options: dict[str, Any]) -> None:
     if not quiet:
         seconds = {"load": loaded} | result.timings
         split = ", ".join(f"{stage} {value:.2f} s" for stage, value in seconds.items())
-        print(f"fastldm: seed {', '.join(map(str, result.seeds))}; {split}", file=sys.stderr)
+        print(f"fastldm: seed {', '.join(map(str, dict.fromkeys(result.seeds)))}; {split}", file=sys.stderr)
 
 
 def _replayed(
@@ -122,7 +130,9 @@ def _others(made_from: Facts, result: Any) -> list[str]:
 
 def add_options(command: argparse.ArgumentParser) -> None:
     """All that `generate` takes."""
-    command.add_argument("prompt", nargs="?", metavar="PROMPT", help="what the picture shows")
+    command.add_argument(
+        "prompt", nargs="*", metavar="PROMPT", help="what the picture shows; several make several"
+    )
     add = command.add_argument_group("the picture").add_argument
     add("--negative", dest="negative_prompt", metavar="TEXT", help="what it does not show")
     add("--steps", type=int, metavar="N", help="sampling steps (25)")
@@ -154,12 +164,18 @@ def add_options(command: argparse.ArgumentParser) -> None:
         metavar="OBJECT:L,T,R,B",
         help="an object in a box, in shares of the sides, in place of a prompt; several make a scene",
     )
+    add(
+        "--interpolate",
+        type=int,
+        metavar="FRAMES",
+        help="so many pictures, from the first PROMPT or SEED on to the last",
+    )
     add("--replay", metavar="PNG", help="make this picture again; other options replace its own")
     add = command.add_argument_group("faster, but another picture").add_argument
     add("--guidance-interval", nargs=2, type=float, metavar=("A", "B"), help="guide this share only (0 1)")
     add("--whole-every", type=int, metavar="N", help="whole steps; the others reuse deep features (1)")
     add = command.add_argument_group("the files").add_argument
-    add("-o", "--output", metavar="PNG", help="out.png; several images go to out-0.png, out-1.png, ...")
+    add("-o", "--output", metavar="FILE", help="out.png; several go to out-0.png, ..., or all into a .gif")
     add("--grid", action="store_true", help="one file that shows all images, instead of one file each")
     add("--quiet", action="store_true", help="no progress bar and no timings; the paths and warnings stay")
     _loading_options(command)

@@ -30,6 +30,7 @@ ALLOWED = (
     "a PIL image, a path of a PNG, JPEG or WebP file, an array [height, width, 3] or a tensor "
     "[3, height, width] of uint8 or of floats 0…1, or as many of them as images"
 )
+FRAME = 100  # milliseconds that each picture of an animation is shown
 A1111_SAMPLERS = {"ddim": "DDIM", "euler": "Euler", "euler_a": "Euler a", "dpmpp_2m": "DPM++ 2M"}
 
 
@@ -134,6 +135,14 @@ def encode_png(picture: Image.Image, metadata: Mapping[str, Any] | None = None) 
     return buffer.getvalue()
 
 
+def encode_gif(pictures: Sequence[Image.Image]) -> bytes:
+    """The bytes of a GIF that shows the pictures one after the other, for ever."""
+    buffer = io.BytesIO()
+    first, *others = pictures
+    first.save(buffer, format="GIF", save_all=True, append_images=others, duration=FRAME, loop=0)
+    return buffer.getvalue()
+
+
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
     """What a PNG says of its making, {"parameters": text or None, "fastldm": dict or None}, no pixel decoded.
 
@@ -153,17 +162,18 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def output_paths(path: str | os.PathLike[str], count: int = 1) -> list[Path]:
-    """Where `count` pictures go: out.png itself for one, out-0.png, out-1.png, … for more.
+    """Where `count` pictures go: out.png for one, out-0.png, out-1.png, … for more, or all of them out.gif.
 
     Found out before any work: each has to be new or a plain file, in a folder that takes a new file now.
     Errors: `InvalidArgument` "path".
     """
     try:
         first = Path(path)
-        if first.suffix.lower() != ".png":
-            refuse("path", os.fspath(path), "a file name that ends in .png")
+        animated = first.suffix.lower() == ".gif" and count > 1
+        if not animated and first.suffix.lower() != ".png":
+            refuse("path", os.fspath(path), "a file name that ends in .png, or for several pictures in .gif")
         numbered = (first.with_stem(f"{first.stem}-{index}") for index in range(count))
-        paths = [first] if count == 1 else list(numbered)
+        paths = [first] if count == 1 or animated else list(numbered)
         for target in paths:
             if target.exists() and not target.is_file():
                 refuse("path", os.fspath(target), "a new or a plain file")
@@ -188,11 +198,15 @@ def save_pictures(
 ) -> list[Path]:
     """Write the pictures as PNG and return their paths; after an error none is there and old files stay.
 
-    `metadata` has one entry a picture. `as_grid` writes one file of all, with the metadata of the first.
+    `metadata` has one entry a picture. `as_grid` writes one file of all, with the metadata of the first; a
+    path that ends in .gif makes an animation of all, without metadata.
     """
     if as_grid:
         pictures, metadata = [grid(pictures)], metadata[:1]
     paths = output_paths(path, len(pictures))
+    if len(paths) < len(pictures):
+        write_files({paths[0]: encode_gif(pictures)})
+        return paths
     data = (encode_png(picture, made) for picture, made in zip(pictures, metadata, strict=True))
     write_files(dict(zip(paths, data, strict=True)))
     return paths

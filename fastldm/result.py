@@ -44,8 +44,8 @@ class Result:
         return self.images[0]
 
     def save(self, path: str | os.PathLike[str], *, as_grid: bool = False) -> list[Path]:
-        """Write PNG files that say how they were made: `path`, or path-0, path-1, … for several; returns
-        their paths.
+        """Write PNG files that say how they were made: `path`, or path-0, path-1, … for several; or, where
+        `path` ends in .gif, an animation of several. Returns their paths.
 
         Raises InvalidArgument where a file cannot be written; nothing is left half written.
         """

@@ -346,6 +346,22 @@ def test_several_pictures_are_numbered(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["a.b-0.png", "a.b-1.png", "a.b-2.png", "sheet.png"]
 
 
+def test_several_pictures_are_an_animation(tmp_path):
+    pictures = [gradient(), gradient().transpose(Image.Transpose.FLIP_LEFT_RIGHT), gradient()]
+    (path,) = images.save_pictures(tmp_path / "walk.gif", pictures, [MADE] * 3)
+    with Image.open(path) as animation:
+        assert (animation.format, animation.n_frames, animation.info["loop"]) == ("GIF", 3, 0)
+        for index, picture in enumerate(pictures):
+            animation.seek(index)
+            assert animation.info["duration"] == images.FRAME
+            shown, meant = (np.asarray(each.convert("RGB"), np.float32) for each in (animation, picture))
+            assert np.abs(shown - meant).mean() < 8  # a palette of 256 colours
+    before = path.read_bytes()
+    with pytest.raises(InvalidArgument, match="for several pictures in .gif"):
+        images.save_pictures(path, pictures[:1], [MADE])
+    assert path.read_bytes() == before and os.listdir(tmp_path) == ["walk.gif"]
+
+
 @pytest.mark.parametrize(
     "name", ["out", "out.jpg", "missing/out.png", ".png", "", "file.txt/out.png", "\0.png"]
 )

@@ -48,6 +48,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "pipeline": {"footprint", "lora", *STAGES, *FRONT, *MODELS},
     "api": {"pipeline", *STAGES, *FRONT, *MODELS},
     "inversion": {"pipeline", "runtime", "diffusion", *FRONT},
+    "interpolation": {"pipeline", *FRONT},
     "verification": {"pipeline", "runtime", "ops", "errors"},
     "doctor": {"kernels", "runtime", "ops", "errors"},
     "tuning": {"kernels", *STAGES, *MODELS},
@@ -68,7 +69,17 @@ MAY_IMPORT: dict[str, set[str]] = {
         ),
         *(*STAGES, *FRONT, *MODELS),
     },
-    "__init__": {"api", "canvas", "inversion", "pipeline", "result", "shortcuts", "verification", "errors"},
+    "__init__": {
+        "api",
+        "canvas",
+        "interpolation",
+        "inversion",
+        "pipeline",
+        "result",
+        "shortcuts",
+        "verification",
+        "errors",
+    },
     "__main__": {"cli"},
 }
 # What each part may import from elsewhere, beside the standard library; the hub client is checkpoint's alone.
