@@ -106,7 +106,7 @@ def estimate(
 
         def denoise() -> None:
             slots = [empty(together, *latent, dtype=torch.float32) for _ in ("latents", "x0", "noise")]
-            text = empty(1, tokens, unet.config.cross_attention_dim)
+            text = empty(1, tokens, unet.config.cross_attention_dim or 0)
             context = [unet.keys_values(text) for _ in range(rows)]
             time_bias = unet.time_bias(empty(steps, dtype=torch.float32), dtype)
             condition = UNetCondition(torch.cat(context), time_bias[None])

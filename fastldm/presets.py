@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from fastldm.models.bert import BERTConfig
 from fastldm.models.clip import CLIP_L, OPENCLIP_H, CLIPTextConfig
+from fastldm.models.conditioners import ClassEmbedderConfig, RescalerConfig
 from fastldm.models.unet import UNetConfig
 from fastldm.models.vae import VAEConfig
 from fastldm.models.vq import VQConfig
@@ -84,3 +86,130 @@ FIRST_STAGES: dict[str, VAEConfig | VQConfig] = {
     "vq-f16": replace(_VQ_F8, latent_channels=8, block_out_channels=_F16, attention_levels=(4,)),
 }
 """The first stages of the latent diffusion paper. (arXiv:2112.10752, table 8)"""
+
+
+@dataclass(frozen=True)
+class PaperModel:
+    """A model of the latent diffusion paper: its networks, and the first and the last β of its noise."""
+
+    unet: UNetConfig
+    first_stage: VAEConfig | VQConfig
+    conditioner: BERTConfig | ClassEmbedderConfig | RescalerConfig | None = None
+    betas: tuple[float, float] = (0.0015, 0.0195)
+
+
+_PLAIN = UNetConfig(in_channels=3, out_channels=3, cross_attention_dim=None)
+_CELEBAHQ = PaperModel(
+    replace(
+        _PLAIN,
+        block_out_channels=(224, 448, 672, 896),
+        heads=(7, 14, 21, 28),
+        transformer_depth=(0, 1, 1, 1),
+    ),
+    _VQ_F4,
+)
+_TEXT2IMG256 = PaperModel(
+    UNetConfig(
+        in_channels=3,
+        out_channels=3,
+        block_out_channels=(192, 384, 576, 960),
+        heads=(6, 12, 18, 30),
+        transformer_depth=(0, 1, 1, 1),
+        cross_attention_dim=640,
+    ),
+    _VQ_F4,
+    BERTConfig(d_model=640, encoder_ffn_dim=2560),
+)
+_SEMANTIC = PaperModel(
+    replace(
+        _PLAIN,
+        in_channels=6,
+        block_out_channels=(128, 512, 1024),
+        heads=(8, 8, 8),
+        transformer_depth=(0, 0, 0),
+    ),
+    _VQ_F4,
+    RescalerConfig(in_channels=182, out_channels=3, n_stages=2),
+    betas=(0.0015, 0.0205),
+)
+PAPER_MODELS: dict[str, PaperModel] = {
+    **dict.fromkeys(("ldm-celebahq", "ldm-ffhq", "ldm-beds"), _CELEBAHQ),
+    "ldm-churches": PaperModel(
+        replace(
+            _PLAIN,
+            in_channels=4,
+            out_channels=4,
+            block_out_channels=(192, 384, 384, 768, 768),
+            heads=(8, 8, 8, 8, 8),
+            transformer_depth=(1, 1, 1, 1, 0),
+            scale_shift_norm=True,
+            resblock_updown=True,
+            sample_size=32,
+        ),
+        FIRST_STAGES["kl-f8"],
+        betas=(0.0015, 0.0155),
+    ),
+    "ldm-cin256-v2": PaperModel(
+        replace(_TEXT2IMG256.unet, heads=(1, 1, 1, 1), cross_attention_dim=512),
+        _VQ_F4,
+        ClassEmbedderConfig(1001, 512),
+    ),
+    "ldm-cin256": PaperModel(
+        UNetConfig(
+            block_out_channels=(256, 512, 1024),
+            heads=(8, 16, 32),
+            transformer_depth=(1, 1, 1),
+            cross_attention_dim=512,
+            sample_size=32,
+        ),
+        _VQ_F8,
+        ClassEmbedderConfig(1000, 512, null_class=False),
+    ),
+    "ldm-text2img256": _TEXT2IMG256,
+    "ldm-txt2img-1p4b": PaperModel(
+        replace(SD15.unet, cross_attention_dim=1280, sample_size=32),
+        SD15.vae,
+        BERTConfig(),
+        betas=(0.00085, 0.012),
+    ),
+    "ldm-layout2img": PaperModel(
+        UNetConfig(
+            in_channels=3,
+            out_channels=3,
+            block_out_channels=(128, 256, 384, 512),
+            heads=(4, 8, 12, 16),
+            transformer_depth=(0, 3, 3, 3),
+            mid_depth=3,
+            cross_attention_dim=512,
+        ),
+        _VQ_F4,
+        BERTConfig(8192, 92, encoder_layers=16, encoder_ffn_dim=2048, d_model=512),
+        betas=(0.0015, 0.0205),
+    ),
+    "ldm-bsr": PaperModel(
+        replace(
+            _PLAIN,
+            in_channels=6,
+            block_out_channels=(160, 320, 320, 640),
+            heads=(5, 10, 10, 20),
+            transformer_depth=(0, 0, 0, 1),
+        ),
+        _VQ_F4,
+        betas=(0.0015, 0.0155),
+    ),
+    "ldm-inpainting": PaperModel(
+        replace(
+            _PLAIN,
+            in_channels=7,
+            block_out_channels=(256, 512, 768, 1024),
+            heads=(8, 8, 8, 8),
+            transformer_depth=(0, 1, 1, 1),
+            resblock_updown=True,
+        ),
+        FIRST_STAGES["vq-f4-noattn"],
+        betas=(0.0015, 0.0205),
+    ),
+    "ldm-semantic256": _SEMANTIC,
+    "ldm-semantic512": replace(_SEMANTIC, unet=replace(_SEMANTIC.unet, sample_size=128)),
+}
+"""The diffusion models of the latent diffusion paper's zoo. (arXiv:2112.10752, appendix E)"""

@@ -48,7 +48,7 @@ def calls_of(model: str, dtype: torch.dtype) -> list[Call]:
             channels_last(network.eval().to(dtype))
         shape = unet.config
         latents = torch.empty(1, shape.latent_channels, shape.sample_size, shape.sample_size)
-        context = torch.empty(2, TOKENS, shape.cross_attention_dim, dtype=dtype)
+        context = torch.empty(2, TOKENS, shape.cross_attention_dim or 0, dtype=dtype)
         beside = shape.in_channels - shape.latent_channels  # a mask and masked latents
         concat = torch.empty(1, beside, *latents.shape[2:], dtype=dtype) if beside else None
         once = unet.condition(context, torch.empty(1), concat)

@@ -65,7 +65,7 @@ class Spellings:
     def __init__(self, networks: Mapping[str, nn.Module]) -> None:
         self.modules = adaptable(networks)
         unet = networks.get("unet")
-        original = unet_names(unet.config.to_dict()) if isinstance(unet, UNet) else None
+        original = unet_names(unet.config) if isinstance(unet, UNet) else None
         self._known: dict[str, str] = {}
         for module in self.modules:
             part, _, name = module.partition(".")

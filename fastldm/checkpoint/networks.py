@@ -67,6 +67,8 @@ def build(source: Source) -> Networks:
             raise CheckpointError(
                 unet_file, "attention_head_dim", f"{heads} heads do not divide width {width}"
             )
+    if unet.num_class_embeds:
+        raise CheckpointError(unet_file, "num_class_embeds", f"is {unet.num_class_embeds}: not supported yet")
     latent = vae.latent_channels
     if unet.out_channels != latent or unet.in_channels not in (
         latent,

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, TypeAlias
+
+from fastldm.models.unet_config import UNetConfig
 
 STAGES = {
     "unet": "model.diffusion_model.",
@@ -20,7 +22,8 @@ CLIP = "cond_stage_model.transformer.text_model."
 SHORT_CLIP = "cond_stage_model.transformer."
 OPEN_CLIP = "cond_stage_model.model."
 
-Pair = tuple[str, "str | tuple[str, ...]"]
+# A module of the single file, what it is in a folder, and how many heads keep their parts side by side.
+Pair: TypeAlias = tuple[str, str] | tuple[str, tuple[str, ...]] | tuple[str, tuple[str, ...], int]
 
 RESNET = (
     ("in_layers.0", "norm1"),
@@ -69,13 +72,15 @@ class Names:
     """A two-way table between module prefixes of a single file and of a folder.
 
     One name of the single file may stand for several of the folder: OpenCLIP keeps the query, key and value
-    weights as one.
+    weights as one, and so do the UNets without cross-attention, head by head.
     """
 
     def __init__(self, stage: str, pairs: Iterable[Pair]) -> None:
-        self._folder = {
-            stage + single: (folder,) if isinstance(folder, str) else folder for single, folder in pairs
-        }
+        self._folder: dict[str, tuple[str, ...]] = {}
+        self._heads: dict[str, int] = {}
+        for single, folder, *heads in pairs:
+            self._folder[stage + single] = (folder,) if isinstance(folder, str) else folder
+            self._heads[stage + single] = heads[0] if heads else 1
         self._single = {folder: single for single, folders in self._folder.items() for folder in folders}
 
     def to_folder(self, key: str) -> tuple[str, ...]:
@@ -84,6 +89,10 @@ class Names:
             if prefix in self._folder:
                 return tuple(folder + rest for folder in self._folder[prefix])
         return ()
+
+    def heads(self, key: str) -> int:
+        """How many groups of rows a single file's tensor is made of, each with a share of every part."""
+        return next((self._heads[prefix] for prefix, _ in _prefixes(key) if prefix in self._heads), 1)
 
     def to_single(self, key: str) -> str | None:
         """The single file's name for a folder's key; None when unknown."""
@@ -106,41 +115,63 @@ def _below(single: str, folder: str, leaves: Iterable[tuple[str, str]]) -> Itera
         yield f"{single}.{one}", f"{folder}.{other}"
 
 
-def unet_names(config: Mapping[str, Any]) -> Names:
-    """Names of a UNet with these fields of its config: down_block_types, up_block_types, layers_per_block."""
-    pairs = _unet_pairs(config["down_block_types"], config["up_block_types"], config["layers_per_block"])
-    return Names(STAGES["unet"], pairs)
+def unet_names(config: UNetConfig, legacy: bool = True) -> Names:
+    """Names of a UNet. `legacy`: attention over the map alone keeps queries, keys and values head by head, as
+    every model of the latent diffusion paper does; else all queries come first.
+    """
+    return Names(STAGES["unet"], _unet_pairs(config, legacy))
 
 
-def _unet_pairs(down: list[str], up: list[str], layers: int) -> Iterator[Pair]:
+def _unet_pairs(config: UNetConfig, legacy: bool) -> Iterator[Pair]:
+    layers, levels = config.layers_per_block, range(len(config.block_out_channels))
+    attends = [depth > 0 for depth in config.transformer_depth]
+
+    def attention(single: str, folder: str, level: int) -> Iterator[Pair]:
+        if config.cross_attention_dim is not None:
+            yield single, folder
+            return
+        yield f"{single}.norm", f"{folder}.group_norm"
+        parts = tuple(f"{folder}.to_{part}" for part in "qkv")
+        yield f"{single}.qkv", parts, config.heads[level] if legacy else 1
+        yield f"{single}.proj_out", f"{folder}.to_out.0"
+
+    def resampler(single: str, folder: str, conv: str) -> Iterator[Pair]:
+        if config.resblock_updown:
+            yield from _below(single, folder, RESNET)
+        else:
+            yield f"{single}.{conv}", f"{folder}.conv"
+
     yield "time_embed.0", "time_embedding.linear_1"
     yield "time_embed.2", "time_embedding.linear_2"
+    yield "label_emb", "class_embedding"
     yield "input_blocks.0.0", "conv_in"
     yield "out.0", "conv_norm_out"
     yield "out.2", "conv_out"
     yield from _below("middle_block.0", "mid_block.resnets.0", RESNET)
-    yield "middle_block.1", "mid_block.attentions.0"
+    yield from attention("middle_block.1", "mid_block.attentions.0", -1)
     yield from _below("middle_block.2", "mid_block.resnets.1", RESNET)
     block = 1
-    for level, kind in enumerate(down):
+    for level in levels:
+        folder = f"down_blocks.{level}"
         for layer in range(layers):
-            yield from _below(f"input_blocks.{block}.0", f"down_blocks.{level}.resnets.{layer}", RESNET)
-            if "CrossAttn" in kind:
-                yield f"input_blocks.{block}.1", f"down_blocks.{level}.attentions.{layer}"
+            yield from _below(f"input_blocks.{block}.0", f"{folder}.resnets.{layer}", RESNET)
+            if attends[level]:
+                yield from attention(f"input_blocks.{block}.1", f"{folder}.attentions.{layer}", level)
             block += 1
-        if level < len(down) - 1:
-            yield f"input_blocks.{block}.0.op", f"down_blocks.{level}.downsamplers.0.conv"
+        if level < levels[-1]:
+            yield from resampler(f"input_blocks.{block}.0", f"{folder}.downsamplers.0", "op")
             block += 1
     block = 0
-    for level, kind in enumerate(up):
+    for level in reversed(levels):
+        folder = f"up_blocks.{levels[-1] - level}"
         for layer in range(layers + 1):
-            yield from _below(f"output_blocks.{block}.0", f"up_blocks.{level}.resnets.{layer}", RESNET)
-            if "CrossAttn" in kind:
-                yield f"output_blocks.{block}.1", f"up_blocks.{level}.attentions.{layer}"
+            yield from _below(f"output_blocks.{block}.0", f"{folder}.resnets.{layer}", RESNET)
+            if attends[level]:
+                yield from attention(f"output_blocks.{block}.1", f"{folder}.attentions.{layer}", level)
             block += 1
-        if level < len(up) - 1:
-            position = 2 if "CrossAttn" in kind else 1
-            yield f"output_blocks.{block - 1}.{position}.conv", f"up_blocks.{level}.upsamplers.0.conv"
+        if level > 0:
+            last = f"output_blocks.{block - 1}.{1 + attends[level]}"
+            yield from resampler(last, f"{folder}.upsamplers.0", "conv")
 
 
 def vae_names(config: Mapping[str, Any]) -> Names:
@@ -207,3 +238,24 @@ def _open_clip_pairs(layers: int) -> Iterator[Pair]:
         for kind in ("weight", "bias"):
             parts = tuple(f"{folder}.self_attn.{part}_proj.{kind}" for part in "qkv")
             yield f"{single}.attn.in_proj_{kind}", parts
+
+
+def bert_names(layers: int) -> Names:
+    """Names of the text encoder of latent diffusion's first text model."""
+    return Names(STAGES["text_encoder"], _bert_pairs(layers))
+
+
+def _bert_pairs(layers: int) -> Iterator[Pair]:
+    yield "transformer.token_emb", "model.embed_tokens"
+    yield "transformer.pos_emb.emb", "model.embed_positions"
+    yield "transformer.norm", "model.layer_norm"
+    for layer in range(layers):
+        folder = f"model.layers.{layer}"
+        attention = f"transformer.attn_layers.layers.{2 * layer}"
+        yield f"{attention}.0", f"{folder}.self_attn_layer_norm"
+        for part in ("q", "k", "v", "out"):
+            yield f"{attention}.1.to_{part}", f"{folder}.self_attn.{part}_proj"
+        forward = f"transformer.attn_layers.layers.{2 * layer + 1}"
+        yield f"{forward}.0", f"{folder}.final_layer_norm"
+        yield f"{forward}.1.net.0.0", f"{folder}.fc1"
+        yield f"{forward}.1.net.2", f"{folder}.fc2"

@@ -92,11 +92,11 @@ def _name_in_file(names: Names, key: str) -> str:
 
 def single_names(configs: Mapping[str, Mapping[str, Any]], stage: str, file: Path) -> dict[str, Names]:
     """The renaming table of each network, of which the text encoder is kept under `stage`."""
-    known = {part: read_network_config(part, configs[part], file).to_dict() for part in PARTS}
+    known = {part: read_network_config(part, configs[part], file) for part in PARTS}
     return {
         "unet": unet_names(known["unet"]),
-        "vae": vae_names(known["vae"]),
-        "text_encoder": text_names(known["text_encoder"], stage),
+        "vae": vae_names(known["vae"].to_dict()),
+        "text_encoder": text_names(known["text_encoder"].to_dict(), stage),
     }
 
 

@@ -40,13 +40,15 @@ def read_config(
     return found
 
 
-def per_level(fields: Mapping[str, Any], name: str, levels: int, file: str) -> tuple[int, ...] | None:
-    """A field that is one integer for all levels or a list of one each."""
+def per_level(
+    fields: Mapping[str, Any], name: str, levels: int, file: str, most: int = 256
+) -> tuple[int, ...] | None:
+    """A field that is one integer for all levels or a list of one each, none above `most`."""
     value = fields.get(name)
     if value is None:
         return None
     values = tuple(value) if isinstance(value, list | tuple) else (value,) * levels
-    if len(values) != levels or not all(type(item) is int and 0 < item <= 256 for item in values):
+    if len(values) != levels or not all(type(item) is int and 0 < item <= most for item in values):
         raise CheckpointError(file, name, f"is {value!r}; expected one positive integer, or {levels} of them")
     return values
 

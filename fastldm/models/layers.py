@@ -45,6 +45,17 @@ class GroupNorm(nn.GroupNorm):
             x, self.weight, self.bias, self.num_groups, self.eps, silu, row_bias, moments
         )
 
+    def modulated(self, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+        """silu(norm(x) · (1 + scale) + shift) with scale and shift [N, C] of each row, in the same single
+        pass: a row's modulation is an affine map of its own.
+        """
+        weights, biases = self.weight * (1 + scale), torch.addcmul(shift, self.bias, 1 + scale)
+        rows = [
+            ops.group_norm_silu(row, weight, bias, self.num_groups, self.eps)
+            for row, weight, bias in zip(x.split(1), weights, biases, strict=True)
+        ]
+        return rows[0] if len(rows) == 1 else torch.cat(rows)
+
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -82,26 +93,64 @@ def repeat_rows(x: Tensor, rows: int) -> Tensor:
 class ResBlock(nn.Module):
     """x + conv(silu(norm(conv(silu(norm(x))) + time bias))), with a 1×1 shortcut where the width changes.
 
-    The time bias [rows, C] is `time_bias(silu(time embedding))`, computed ahead by the UNet's `condition`;
-    the autoencoder has none.
+    The time bias [rows, C] is `time_emb_proj(silu(time embedding))`, computed ahead by the UNet's
+    `condition`; the autoencoder has none. With `scale_shift` it is [rows, 2C]: what the second norm's result
+    is scaled by, and then shifted by. (Dhariwal & Nichol 2021, arXiv:2105.05233, section 3.1)
     """
 
     def __init__(
-        self, width_in: int, width: int, groups: int, eps: float, time_width: int | None = None
+        self,
+        width_in: int,
+        width: int,
+        groups: int,
+        eps: float,
+        time_width: int | None = None,
+        scale_shift: bool = False,
     ) -> None:
         super().__init__()
+        self.scale_shift = scale_shift
         self.norm1 = GroupNorm(groups, width_in, eps)
         self.conv1 = Conv2d(width_in, width, 3, padding=1)
         if time_width is not None:
-            self.time_emb_proj = Linear(time_width, width)
+            self.time_emb_proj = Linear(time_width, width * (1 + scale_shift))
         self.norm2 = GroupNorm(groups, width, eps)
         self.conv2 = Conv2d(width, width, 3, padding=1)
         self.conv_shortcut = Conv2d(width_in, width, 1) if width_in != width else None
 
     def forward(self, x: Tensor, time_bias: Tensor | None = None) -> Tensor:
         residual = x if self.conv_shortcut is None else self.conv_shortcut(x)
-        hidden = self.conv1(self.norm1(x))
+        return self.second_half(self.conv1(self.norm1(x)), time_bias, residual)
+
+    def second_half(self, hidden: Tensor, time_bias: Tensor | None, residual: Tensor) -> Tensor:
+        """From the first convolution's result to the block's."""
+        if time_bias is not None and self.scale_shift:
+            return self.conv2(self.norm2.modulated(hidden, *time_bias.chunk(2, dim=1)), residual)
         return self.conv2(self.norm2(hidden, row_bias=time_bias), residual)
+
+
+class ResampleBlock(ResBlock):
+    """A residual block that changes the resolution between its first norm and convolution, and its shortcut
+    with it: enlarged 2×, or to the size given, by repetition; or the mean of 2×2 pixels, of those there are
+    at an odd edge.
+    """
+
+    def __init__(
+        self, width: int, groups: int, eps: float, time_width: int, scale_shift: bool, enlarges: bool
+    ) -> None:
+        super().__init__(width, width, groups, eps, time_width, scale_shift)
+        self.enlarges = enlarges
+
+    def forward(
+        self, x: Tensor, time_bias: Tensor | None = None, size: torch.Size | None = None
+    ) -> Tensor:
+        hidden = self.norm1(x)
+        if self.enlarges:
+            hidden = convolve_enlarged(self.conv1, hidden, size)
+            residual = nn.functional.interpolate(x, hidden.shape[2:], mode="nearest")
+        else:
+            hidden = self.conv1(nn.functional.avg_pool2d(hidden, 2, ceil_mode=True))
+            residual = nn.functional.avg_pool2d(x, 2, ceil_mode=True)
+        return self.second_half(hidden, time_bias, residual)
 
 
 class Downsample(nn.Module):
@@ -124,10 +173,15 @@ class Upsample(nn.Module):
         self.conv = Conv2d(width, width, 3, padding=1)
 
     def forward(self, x: Tensor, size: torch.Size | None = None) -> Tensor:
-        assert self.conv.bias is not None
-        if size is not None and size != torch.Size(2 * side for side in x.shape[2:]):
-            return self.conv(nn.functional.interpolate(x, size, mode="nearest"))
-        return ops.upsample_conv(x, self.conv.weight, self.conv.bias)
+        return convolve_enlarged(self.conv, x, size)
+
+
+def convolve_enlarged(conv: Conv2d, x: Tensor, size: torch.Size | None) -> Tensor:
+    """The 3×3 convolution of x enlarged by repetition: 2×, or to the size given."""
+    assert conv.bias is not None
+    if size is not None and size != torch.Size(2 * side for side in x.shape[2:]):
+        return conv(nn.functional.interpolate(x, size, mode="nearest"))
+    return ops.upsample_conv(x, conv.weight, conv.bias)
 
 
 class Attention(nn.Module):
@@ -163,6 +217,18 @@ class Attention(nn.Module):
         queries = repeat_rows(split_heads(self.to_q(tokens), self.heads), len(keys))
         mixed = ops.attention(queries, keys, values, key_lengths)
         return self.to_out[0](merge_heads(mixed), repeat_rows(residual, len(keys)))
+
+
+class MapAttention(Attention):
+    """Self-attention over all pixels of a map, group-normed before it."""
+
+    def __init__(self, width: int, groups: int, eps: float, heads: int = 1) -> None:
+        super().__init__(width, heads, qkv_bias=True)
+        self.group_norm = GroupNorm(groups, width, eps)
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        tokens = to_tokens(self.group_norm(x, silu=False))
+        return from_tokens(super().forward(tokens, residual=to_tokens(x)), like=x)
 
 
 def timestep_embedding(timesteps: Tensor, width: int) -> Tensor:

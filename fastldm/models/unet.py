@@ -1,4 +1,4 @@
-"""The cross-attention UNet of latent diffusion, SD1 and SD2. (Rombach et al. 2022, arXiv:2112.10752,
+"""The UNet of latent diffusion, with or without cross-attention. (Rombach et al. 2022, arXiv:2112.10752,
 section 3.3)
 
 Two phases. `condition` computes everything that does not depend on the latents, once per request: the keys
@@ -10,133 +10,27 @@ two rows a picture and the latents one: what comes before the first cross-attent
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastldm import ops
-from fastldm.errors import CheckpointError
-from fastldm.models.config import per_level, read_config
 from fastldm.models.layers import (
     Conv2d,
-    Downsample,
     GroupNorm,
-    Linear,
     ResBlock,
-    Upsample,
     merge_heads,
     repeat_rows,
     split_heads,
     timestep_embedding,
 )
-from fastldm.models.transformer import Transformer, TransformerBlock
+from fastldm.models.transformer import TransformerBlock
+from fastldm.models.unet_blocks import Level, MidBlock, StepState, TimeEmbedding
+from fastldm.models.unet_config import UNetConfig
 
-
-@dataclass(frozen=True)
-class UNetConfig:
-    """A UNet's shape, level by level from the largest map to the smallest."""
-
-    in_channels: int = 4
-    out_channels: int = 4
-    block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
-    layers_per_block: int = 2
-    heads: tuple[int, ...] = (8, 8, 8, 8)
-    transformer_depth: tuple[int, ...] = (1, 1, 1, 0)  # 0: no transformers on this level
-    mid_depth: int = 1
-    cross_attention_dim: int = 768
-    use_linear_projection: bool = False
-    norm_num_groups: int = 32
-    norm_eps: float = 1e-5
-    sample_size: int = 64  # side of the latents it was trained on
-
-    @property
-    def latent_channels(self) -> int:
-        """Channels of the latents, without concatenated ones (masks, masked latents)."""
-        return self.out_channels
-
-    @property
-    def inpaints(self) -> bool:
-        """Whether a mask and masked latents stand beside the latents, as in SD's inpainting models."""
-        return self.in_channels == 2 * self.latent_channels + 1
-
-    @classmethod
-    def from_dict(cls, fields: Mapping[str, Any], file: str = "unet/config.json") -> UNetConfig:
-        """Read the fields of a diffusers unet/config.json; CheckpointError for one that this network does
-        not have.
-        """
-        fields = {"sample_size": 64, "cross_attention_dim": 1280, **fields}
-        widths = fields.get("block_out_channels", (320, 640, 1280, 1280))
-        levels = len(widths) if isinstance(widths, list | tuple) else 0
-        down = fields.get("down_block_types", ["CrossAttnDownBlock2D"] * (levels - 1) + ["DownBlock2D"])
-        up = fields.get("up_block_types", ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * (levels - 1))
-        kinds = {"CrossAttnDownBlock2D": "CrossAttnUpBlock2D", "DownBlock2D": "UpBlock2D"}
-        if [kinds.get(kind) for kind in down] != list(up)[::-1] or len(down) != levels:
-            raise CheckpointError(
-                file, "down_block_types", f"{down} with {up} is not a UNet that fastldm knows"
-            )
-        # In these files `attention_head_dim` means the number of heads, unless `num_attention_heads` is
-        # given.
-        heads = per_level(fields, "num_attention_heads", levels, file) or per_level(
-            fields, "attention_head_dim", levels, file
-        )
-        depth = per_level(fields, "transformer_layers_per_block", levels, file) or (1,) * levels
-        fixed = {
-            "down_block_types": down,
-            "up_block_types": up,
-            "act_fn": "silu",
-            "center_input_sample": False,
-            "conv_in_kernel": 3,
-            "conv_out_kernel": 3,
-            "downsample_padding": 1,
-            "flip_sin_to_cos": True,
-            "freq_shift": 0,
-            "mid_block_scale_factor": 1,
-            "mid_block_type": "UNetMidBlock2DCrossAttn",
-            "resnet_time_scale_shift": "default",
-            "resnet_out_scale_factor": 1.0,
-            "time_embedding_type": "positional",
-            "attention_type": "default",
-        }
-        inert = {
-            *("num_attention_heads", "attention_head_dim", "transformer_layers_per_block"),  # read above
-            "upcast_attention",  # attention scores are always accumulated in float32
-            *("dropout", "addition_embed_type_num_heads"),
-        }
-        derived = ("heads", "transformer_depth", "mid_depth")
-        read = read_config(cls, fields, file, fixed=fixed, inert=inert, derived=derived)
-        return cls(
-            **read,
-            heads=heads or (8,) * levels,
-            transformer_depth=tuple(
-                d if kind == "CrossAttnDownBlock2D" else 0 for d, kind in zip(depth, down, strict=True)
-            ),
-            mid_depth=depth[-1],
-        )
-
-    def to_dict(self) -> dict[str, Any]:
-        """The diffusers unet/config.json of this UNet."""
-        attends = [depth > 0 for depth in self.transformer_depth]
-        depths = [depth or self.mid_depth for depth in self.transformer_depth]
-        depths[-1] = self.mid_depth
-        return {
-            "_class_name": "UNet2DConditionModel",
-            "sample_size": self.sample_size,
-            "in_channels": self.in_channels,
-            "out_channels": self.out_channels,
-            "block_out_channels": list(self.block_out_channels),
-            "layers_per_block": self.layers_per_block,
-            "down_block_types": ["CrossAttnDownBlock2D" if on else "DownBlock2D" for on in attends],
-            "up_block_types": ["CrossAttnUpBlock2D" if on else "UpBlock2D" for on in attends[::-1]],
-            "attention_head_dim": list(self.heads),
-            "transformer_layers_per_block": depths if len(set(depths)) > 1 else depths[0],
-            "cross_attention_dim": self.cross_attention_dim,
-            "use_linear_projection": self.use_linear_projection,
-            "norm_num_groups": self.norm_num_groups,
-            "norm_eps": self.norm_eps,
-        }
+__all__ = ["UNet", "UNetCondition", "UNetConfig"]
 
 
 @dataclass(frozen=True)
@@ -144,119 +38,15 @@ class UNetCondition:
     """What the steps of B pictures share, in R rows: B, or 2B when guided, the unconditional half first."""
 
     context: Tensor  # [R, K]: keys, then values, of each cross-attention in forward order, each [L, width]
-    time_bias: Tensor  # [B or 1, steps, sum of the residual blocks' widths]
+    time_bias: Tensor  # [B or 1, steps, sum of the residual blocks' widths, twice with scale_shift_norm]
     context_length: Tensor | None = None  # int [R]; None: every row is full
     concat_bias: Tensor | None = None  # [B, width, H, W]: the concatenated channels' share of conv_in
 
 
-@dataclass
-class StepState:
-    """What the blocks take from as they run one step: time biases, keys and values in forward order, and
-    skip connections. The rows of maps and skips may be fewer than those of the rest: see `UNet.forward`.
-    """
-
-    time_biases: Iterator[Tensor]
-    keys_values: Iterator[tuple[Tensor, Tensor]]
-    key_lengths: Tensor | None
-    skips: list[Tensor]
-    deep: Tensor | None = None  # filled with what the last residual block is given, beside the first skip
-
-
-def transformer(width: int, heads: int, depth: int, config: UNetConfig) -> Transformer:
-    """A transformer as this UNet has them."""
-    return Transformer(
-        width,
-        heads,
-        depth,
-        config.cross_attention_dim,
-        config.norm_num_groups,
-        config.use_linear_projection,
-    )
-
-
-class Level(nn.Module):
-    """One resolution of the way down or up: residual blocks, each with a transformer where the level
-    attends, then a resampling.
-
-    On the way down every output is kept as a skip; on the way up each residual block takes one back,
-    concatenated.
-    """
-
-    def __init__(
-        self,
-        widths_in: list[int],
-        width: int,
-        level: int,
-        config: UNetConfig,
-        resample: str | None,
-        goes_up: bool,
-    ) -> None:
-        super().__init__()
-        groups, eps, time_width = config.norm_num_groups, config.norm_eps, 4 * config.block_out_channels[0]
-        heads, depth = config.heads[level], config.transformer_depth[level]
-        self.goes_up = goes_up
-        self.resnets = nn.ModuleList([ResBlock(w, width, groups, eps, time_width) for w in widths_in])
-        self.attentions = nn.ModuleList(
-            [transformer(width, heads, depth, config) for _ in widths_in] if depth else []
-        )
-        self.downsamplers = nn.ModuleList([Downsample(width, asymmetric=False)] if resample == "down" else [])
-        self.upsamplers = nn.ModuleList([Upsample(width)] if resample == "up" else [])
-
-    def forward(self, x: Tensor, state: StepState) -> Tensor:
-        for i in range(len(self.resnets)):
-            x = self.block(i, x, state)
-        for downsample in self.downsamplers:
-            x = downsample(x)
-            state.skips.append(x)
-        for upsample in self.upsamplers:
-            x = upsample(x, state.skips[-1].shape[2:])
-        return x
-
-    def block(self, i: int, x: Tensor, state: StepState) -> Tensor:
-        """The i-th residual block, with its skip and its transformer."""
-        if self.goes_up:
-            if state.deep is not None and len(state.skips) == 1:
-                state.deep.copy_(x)
-            x = torch.cat((x, repeat_rows(state.skips.pop(), len(x))), dim=1)
-        x = self.resnets[i](x, next(state.time_biases)[: len(x)])
-        if self.attentions:
-            x = self.attentions[i](x, state.keys_values, state.key_lengths)
-        if not self.goes_up:
-            state.skips.append(x)
-        return x
-
-
-class MidBlock(nn.Module):
-    """Residual block, transformer, residual block on the smallest map."""
-
-    def __init__(self, config: UNetConfig) -> None:
-        super().__init__()
-        width, time_width = config.block_out_channels[-1], 4 * config.block_out_channels[0]
-        self.resnets = nn.ModuleList(
-            [ResBlock(width, width, config.norm_num_groups, config.norm_eps, time_width) for _ in range(2)]
-        )
-        self.attentions = nn.ModuleList([transformer(width, config.heads[-1], config.mid_depth, config)])
-
-    def forward(self, x: Tensor, state: StepState) -> Tensor:
-        x = self.resnets[0](x, next(state.time_biases)[: len(x)])
-        x = self.attentions[0](x, state.keys_values, state.key_lengths)
-        return self.resnets[1](x, next(state.time_biases))
-
-
-class TimeEmbedding(nn.Module):
-    """Linear(silu(linear(sinusoid))): four times the first level's width."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.linear_1 = Linear(width, 4 * width)
-        self.linear_2 = Linear(4 * width, 4 * width)
-
-    def forward(self, sinusoid: Tensor) -> Tensor:
-        return self.linear_2(nn.functional.silu(self.linear_1(sinusoid)))
-
-
 class UNet(nn.Module):
-    """Predicts noise, velocity or clean latents from noisy latents, a timestep and a context."""
+    """Predicts noise, velocity or clean latents from noisy latents, a timestep and, if it has
+    cross-attentions, a context.
+    """
 
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()
@@ -268,6 +58,8 @@ class UNet(nn.Module):
         )
         self.conv_in = Conv2d(config.in_channels, widths[0], 3, padding=1)
         self.time_embedding = TimeEmbedding(widths[0])
+        classes = config.num_class_embeds
+        self.class_embedding = nn.Embedding(classes, 4 * widths[0]) if classes else None
 
         self.down_blocks = nn.ModuleList()
         skips = [widths[0]]
@@ -301,14 +93,16 @@ class UNet(nn.Module):
         timesteps: Tensor,
         concat: Tensor | None = None,
         context_length: Tensor | None = None,
+        labels: Tensor | None = None,
     ) -> UNetCondition:
         """Everything that the steps of B pictures share.
 
-        context [R, L, D], R = B or 2B; timesteps float [steps], or [B, steps] where pictures stand at
-        different ones; concat [B, C', H, W]: channels beside the latents (mask, masked latents, hints), zero
-        if None; context_length int [R]: tokens of each row, None when all count.
+        context [R, L, D], R = B or 2B, of any length and width where there is no cross-attention; timesteps
+        float [steps], or [B, steps] where pictures stand at different ones; concat [B, C', H, W]: channels
+        beside the latents (mask, masked latents, hints), zero if None; context_length int [R]: tokens of each
+        row, None when all count; labels int [B]: classes, of a model that embeds them beside the timestep.
         """
-        time_bias = self.time_bias(timesteps, context.dtype)
+        time_bias = self.time_bias(timesteps, context.dtype, labels)
         return UNetCondition(
             self.keys_values(context),
             time_bias if time_bias.dim() == 3 else time_bias[None],
@@ -325,14 +119,24 @@ class UNet(nn.Module):
         return ops.conv2d(concat, share, self.conv_in.bias, padding=1)
 
     def keys_values(self, context: Tensor) -> Tensor:
-        """The keys and values of every cross-attention: context [R, L, D] → [R, K], as in UNetCondition."""
+        """The keys and values of every cross-attention: context [R, L, D] → [R, K], as in UNetCondition;
+        K = 0 where there is none.
+        """
+        if not self._cross_attentions:
+            return context.new_empty(len(context), 0)
         projected = (part for module in self._cross_attentions for part in module.keys_values(context))
         return torch.cat([merge_heads(part).flatten(1) for part in projected], dim=1)
 
-    def time_bias(self, timesteps: Tensor, dtype: torch.dtype) -> Tensor:
-        """What each timestep adds in all residual blocks: float [...] → [..., sum of their widths]."""
+    def time_bias(self, timesteps: Tensor, dtype: torch.dtype, labels: Tensor | None = None) -> Tensor:
+        """What each timestep adds in all residual blocks: float [...] → [..., sum of their widths]; with
+        labels int [B], timesteps [steps] or [B, steps] → [B, steps, …].
+        """
         sinusoid = timestep_embedding(timesteps, self.config.block_out_channels[0]).to(dtype)
-        embedding = nn.functional.silu(self.time_embedding(sinusoid))
+        embedding = self.time_embedding(sinusoid)
+        if self.class_embedding is not None:
+            assert labels is not None, "this UNet embeds a class beside the timestep"
+            embedding = embedding + self.class_embedding(labels)[:, None]
+        embedding = nn.functional.silu(embedding)
         return torch.cat([projection(embedding) for projection in self._time_projections], dim=-1)
 
     def forward(
@@ -346,7 +150,7 @@ class UNet(nn.Module):
         state.deep = deep
         for block in (*self.down_blocks, self.mid_block, *self.up_blocks):
             x = block(x, state)
-        return self.conv_out(self.conv_norm_out(x))
+        return repeat_rows(self.conv_out(self.conv_norm_out(x)), len(condition.context))
 
     def shallow(self, latents: Tensor, condition: UNetCondition, step: Tensor, deep: Tensor) -> Tensor:
         """About what `forward` predicts, by its first convolution and its last block alone: what lies
@@ -382,6 +186,8 @@ class UNet(nn.Module):
     def _split(self, context: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """The packed keys and values of each cross-attention, views [R, heads, L, d]."""
         widths = [module.to_q.out_features for module in self._cross_attentions for _ in "kv"]
+        if not widths:
+            return
         tokens = context.shape[1] // sum(widths)
         parts = iter(context.split([tokens * width for width in widths], dim=1))
         for module in self._cross_attentions:

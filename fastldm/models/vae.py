@@ -14,14 +14,12 @@ from torch import Tensor, nn
 
 from fastldm.models.config import read_config
 from fastldm.models.layers import (
-    Attention,
     Conv2d,
     Downsample,
     GroupNorm,
+    MapAttention,
     ResBlock,
     Upsample,
-    from_tokens,
-    to_tokens,
 )
 
 EPS = 1e-6
@@ -160,7 +158,7 @@ class Block(nn.Module):
         super().__init__()
         widths = [width_in] + [width] * (layers - 1)
         self.resnets = nn.ModuleList([ResBlock(w, width, groups, EPS) for w in widths])
-        self.attentions = nn.ModuleList([MapAttention(width, groups) for _ in range(layers * attention)])
+        self.attentions = nn.ModuleList([MapAttention(width, groups, EPS) for _ in range(layers * attention)])
         self.downsamplers = nn.ModuleList([Downsample(width, asymmetric=True)] if resample == "down" else [])
         self.upsamplers = nn.ModuleList([Upsample(width)] if resample == "up" else [])
 
@@ -177,25 +175,13 @@ class Block(nn.Module):
         return x
 
 
-class MapAttention(Attention):
-    """Single-head self-attention over all pixels of a map."""
-
-    def __init__(self, width: int, groups: int) -> None:
-        super().__init__(width, heads=1, qkv_bias=True)
-        self.group_norm = GroupNorm(groups, width, EPS)
-
-    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
-        tokens = to_tokens(self.group_norm(x, silu=False))
-        return from_tokens(super().forward(tokens, residual=to_tokens(x)), like=x)
-
-
 class MidBlock(nn.Module):
     """Residual block, attention, residual block."""
 
     def __init__(self, width: int, groups: int, attention: bool) -> None:
         super().__init__()
         self.resnets = nn.ModuleList([ResBlock(width, width, groups, EPS) for _ in range(2)])
-        self.attentions = nn.ModuleList([MapAttention(width, groups)] if attention else [])
+        self.attentions = nn.ModuleList([MapAttention(width, groups, EPS)] if attention else [])
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.resnets[0](x)

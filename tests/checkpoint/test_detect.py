@@ -36,7 +36,7 @@ def single_shapes(unet: UNetConfig, text: CLIPTextConfig) -> Shapes:
     found: Shapes = {}
     stage = CLIP if text == CLIP_L else OPEN_CLIP
     for names, network, config in (
-        (unet_names(unet.to_dict()), UNet, unet),
+        (unet_names(unet), UNet, unet),
         (vae_names(VAEConfig().to_dict()), AutoencoderKL, VAEConfig()),
         (text_names(text.to_dict(), stage), CLIPTextModel, text),
     ):

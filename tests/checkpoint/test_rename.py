@@ -41,7 +41,7 @@ def keys(network: type[torch.nn.Module], config: object) -> dict[str, torch.Tens
 @pytest.mark.parametrize("config", [UNetConfig(), SD21, DEEP], ids=["sd15", "sd21", "deep"])
 def test_unet_names_equal_diffusers(config: UNetConfig) -> None:
     tensors = keys(UNet, config)
-    names = unet_names(config.to_dict())
+    names = unet_names(config)
     single = {names.to_single(key): torch.tensor(i) for i, key in enumerate(tensors)}
     assert None not in single and len(single) == len(tensors)
     converted = single_file_utils.convert_ldm_unet_checkpoint(
@@ -103,7 +103,7 @@ def test_open_clip_names_equal_diffusers() -> None:
     "key", ["", ".", "conv_in", "down_blocks.9.resnets.0.norm1.weight", "output_blocks.2.3.conv.weight"]
 )
 def test_unknown_keys_have_no_name(key: str) -> None:
-    names = unet_names(UNetConfig().to_dict())
+    names = unet_names(UNetConfig())
     assert names.to_folder(key) == ()
     assert names.to_single(key) == ("model.diffusion_model.input_blocks.0.0" if key == "conv_in" else None)
 

@@ -128,14 +128,14 @@ def test_config_round_trip(name: str) -> None:
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("resnet_time_scale_shift", "scale_shift"),
+        ("resnet_time_scale_shift", "ada_group"),
         ("act_fn", "gelu"),
         ("class_embed_type", "timestep"),
         ("layers_per_block", "2"),
         ("block_out_channels", [32, -1]),
         ("attention_head_dim", 0),
         ("surprise", 3),
-        ("num_class_embeds", 10),
+        ("num_class_embeds", "10"),
         ("down_block_types", ["AttnDownBlock2D", "DownBlock2D"]),
     ],
 )
