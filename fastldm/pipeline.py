@@ -89,7 +89,7 @@ class Pipeline:
             latent_channels=unet.latent_channels,
             default_width=side,
             default_height=side,
-            context_dim=unet.cross_attention_dim,
+            context_dim=unet.cross_attention_dim or 0,
             memory_bytes=available_bytes(self.device),
             bytes_per_pixel=3 * (2 * self.dtype.itemsize + 12),  # of a finished image and its conversion
             context_length=self.text.length,

@@ -140,9 +140,7 @@ class ResampleBlock(ResBlock):
         super().__init__(width, width, groups, eps, time_width, scale_shift)
         self.enlarges = enlarges
 
-    def forward(
-        self, x: Tensor, time_bias: Tensor | None = None, size: torch.Size | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, time_bias: Tensor | None = None, size: torch.Size | None = None) -> Tensor:
         hidden = self.norm1(x)
         if self.enlarges:
             hidden = convolve_enlarged(self.conv1, hidden, size)

@@ -21,7 +21,7 @@ from fastldm.models.conditioners import (
     RescalerConfig,
     SpatialRescaler,
 )
-from fastldm.models.layers import GroupNorm, timestep_embedding
+from fastldm.models.layers import GroupNorm, ResampleBlock, timestep_embedding
 from fastldm.models.unet import UNet, UNetCondition, UNetConfig
 from fastldm.presets import PAPER_MODELS
 
@@ -249,6 +249,29 @@ def test_shallow_is_the_outermost_block_on_kept_features(variant: str) -> None:
         assert torch.equal(unet.shallow(latents, condition, step, deep), whole)
         deep.zero_()
         assert not torch.allclose(unet.shallow(latents, condition, step, deep), whole, atol=1e-3)
+
+
+def test_sides_that_two_does_not_divide() -> None:
+    """The original refuses them. A map is halved upwards, and enlarged to the skip that it meets."""
+    torch.manual_seed(0)
+    unet = UNet(VARIANTS["both"]).eval()
+    latents, step = torch.randn(1, 3, 7, 5), torch.tensor([0])
+    halved: list[Tensor] = []
+    unet.down_blocks[0].register_forward_hook(lambda module, given, made: halved.append(made))
+    with torch.inference_mode():
+        made = unet(latents, unet.condition(torch.empty(1, 0, 0), torch.tensor([500.0])), step)
+    assert made.shape == latents.shape and halved[0].shape[2:] == (4, 3)
+
+    down, up = (ResampleBlock(8, 2, 1e-5, 4, scale_shift=False, enlarges=up) for up in (False, True))
+    x = torch.randn(1, 8, 3, 1)
+    mean = torch.stack((x[:, :, :2].mean(2), x[:, :, 2]), dim=2)
+    for block in (down, up):
+        torch.nn.init.zeros_(block.conv2.weight)
+    with torch.inference_mode():
+        torch.testing.assert_close(down(x), mean + down.conv2.bias[:, None, None])
+        large = up(mean, None, torch.Size((3, 2)))
+    rows = torch.stack((mean[:, :, 0], mean[:, :, 0], mean[:, :, 1]), dim=2).expand(-1, -1, -1, 2)
+    torch.testing.assert_close(large, rows + up.conv2.bias[:, None, None])
 
 
 def test_each_row_has_a_modulation_of_its_own() -> None:
