@@ -43,7 +43,8 @@ def test_replay_of_a_mask_and_of_an_enlargement(pipe, run, fails):
     code, _, err = run(*again, "--mask", "mask.png")
     assert code == 0 and "not the one used" not in err and pipe.requests[-1].blend == 3
     assert Path("out-replay.png").read_bytes() == Path("out.png").read_bytes()
-    code, _, err = run(*again, "--mask", "in.png")
+    Image.linear_gradient("L").resize((32, 16)).save("other.png")
+    code, _, err = run(*again, "--mask", "other.png")
     assert code == 0 and "--mask is not the one used before" in err
     assert run("generate", "a", "--image", "in.png", "--upscale", "-o", "large.png")[0] == 0
     code, _, err = run("generate", "--replay", "large.png", "--image", "in.png")
