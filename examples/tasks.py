@@ -26,6 +26,7 @@ COMMANDS = (
     'fastldm generate "a blue circle" --image scene.png --mask mask.png -o inpainted.png',
     'fastldm generate "two green trees" --image scene.png --pad 0 0 64 0 --blend 4 -o outpainted.png',
     'fastldm generate "a purple tree" --image scene.png --strength 0.7 -o changed.png',
+    'fastldm generate "a red circle" "a blue circle" --interpolate 8 -o walk.gif',
 )
 
 
