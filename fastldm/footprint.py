@@ -92,12 +92,13 @@ def estimate(
     weights are there for its call only. A first estimate takes 0.1 s for
     a small model and half a second for SD1.5; nothing is allocated.
     """
-    networks: tuple[nn.Module, ...] = components.unet, components.vae, components.text_encoder
+    weights = {name: sum(w.nbytes for w in each.parameters()) for name, each in components.networks.items()}
+    of_text = weights.pop("text_encoder", 0)
     with torch.inference_mode(False), torch.no_grad():
         counter = Counter()
         unet, vae = counter.on_meta(components.unet), counter.on_meta(components.vae)
-        text_encoder = counter.on_meta(components.text_encoder)
-        factor, length = vae.config.factor, text_encoder.config.max_position_embeddings
+        text_encoder = components.text_encoder and counter.on_meta(components.text_encoder)
+        factor = vae.config.factor
         latent = vae.config.latent_channels, height // factor, width // factor
         rows = together * (1 + guided)
 
@@ -114,14 +115,17 @@ def estimate(
             unet(model_input, condition, empty(together, dtype=torch.long))
             del slots
 
+        def read_text() -> None:
+            if text_encoder is not None:
+                text_encoder(empty(1, text_encoder.config.max_position_embeddings, dtype=torch.long))
+
         def make_pixels() -> None:
             pixels = decode(vae, empty(images, *latent)).float()
             pixels.mul(0.5).add(0.5).clamp_(0, 1)
 
-        *resident, text = (sum(weight.nbytes for weight in network.parameters()) for network in networks)
         return Footprint(
-            weights=sum(resident) + (0 if text_visits else text),
-            text=counter.peak(lambda: text_encoder(empty(1, length, dtype=torch.long))) + text_visits * text,
+            weights=sum(weights.values()) + (0 if text_visits else of_text),
+            text=counter.peak(read_text) + text_visits * of_text,
             encode=counter.peak(lambda: vae.encode(empty(1, 3, height, width))) if from_image else 0,
             denoise=counter.peak(denoise),
             decode=counter.peak(make_pixels) if to_pixels else 0,

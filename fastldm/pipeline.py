@@ -56,13 +56,14 @@ class Pipeline:
         beside = beside_of(components.family, shape.in_channels, shape.latent_channels)
         self.pictures = Pictures(components.vae, beside, device)
         self.components, self.device, self.dtype, self.backends = components, device, dtype, backends
-        networks = (components.unet, components.vae, components.text_encoder)
+        tokenizer, text_encoder = components.text
+        networks = components.networks.values()
         for network in networks:
-            offloads = offload_text_encoder and network is components.text_encoder
+            offloads = offload_text_encoder and network is text_encoder
             channels_last(network.to(torch.device("cpu") if offloads else device, dtype))
-        self._visiting = visiting(components.text_encoder, device) if offload_text_encoder else None
-        self.loras = MergedLoras(unet=components.unet, text_encoder=components.text_encoder)
-        self.text = TextConditioner(components.tokenizer, components.text_encoder)
+        self._visiting = visiting(text_encoder, device) if offload_text_encoder else None
+        self.loras = MergedLoras(unet=components.unet, text_encoder=text_encoder)
+        self.text = TextConditioner(tokenizer, text_encoder)
         self.turns = Turns()
         recorder = CudaRecorder(device) if device.type == "cuda" else None
         self.graphs = Graphs(recorder, available_bytes(device) // 4)
@@ -262,9 +263,8 @@ class Pipeline:
     def _embed(
         self, request: Request, prompts: list[str], negatives: list[str] | None = None
     ) -> TextEmbeddings:
-        encoder = self.components.text_encoder
         run = self._visiting or partial(
-            self.graphs.call, "the text encoder", encoder, wanted=request.cuda_graph
+            self.graphs.call, "the text encoder", self.text.text_encoder, wanted=request.cuda_graph
         )
         return self.text.encode(prompts, negatives, self._embedded.get, run)
 

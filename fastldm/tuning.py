@@ -43,7 +43,7 @@ def calls_of(model: str, dtype: torch.dtype) -> list[Call]:
         if model in PRESETS:
             unet, vae = UNet(PRESETS[model].unet), AutoencoderKL(PRESETS[model].vae)
         else:
-            unet, vae, _ = build(open_source(model))
+            unet, vae, *_ = build(open_source(model))
         for network in (unet, vae):
             channels_last(network.eval().to(dtype))
         shape = unet.config

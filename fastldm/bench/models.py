@@ -50,6 +50,7 @@ def without_hints(folder: Path, target: Path) -> Path:
     library knows.
     """
     model = load_components(folder)
+    tokenizer, text_encoder = model.text
     unet, latent = model.unet, model.unet.config.latent_channels
     unet.config = replace(unet.config, in_channels=latent)
     unet.conv_in.weight = nn.Parameter(unet.conv_in.weight[:, :latent].contiguous(), requires_grad=False)
@@ -57,8 +58,8 @@ def without_hints(folder: Path, target: Path) -> Path:
         target,
         unet=unet,
         vae=model.vae,
-        text_encoder=model.text_encoder,
-        tokenizer=model.tokenizer,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
         scheduler=model.scheduler,
     )
     return target

@@ -70,13 +70,21 @@ class Entry:
         """How many numbers it holds."""
         return math.prod(self.shape)
 
-    def rows(self, parts: int) -> list[Entry]:
-        """The tensor cut into equal parts along its first dimension, which `parts` must divide."""
-        (span,) = self.spans
-        step = (span.end - span.begin) // parts
-        cuts = (span.begin + step * part for part in range(parts))
+    def rows(self, parts: int, groups: int = 1) -> list[Entry]:
+        """The tensor cut into equal parts along its first dimension; with groups, it is so many tensors one
+        below the other, each cut so. `parts` × `groups` must divide it.
+        """
         shape = (self.shape[0] // parts, *self.shape[1:])
-        return [Entry(self.name, self.dtype, shape, (Span(span.file, cut, cut + step),)) for cut in cuts]
+        cut = self.pieces(parts * groups)
+        return [Entry(self.name, self.dtype, shape, tuple(cut[part::parts])) for part in range(parts)]
+
+    def pieces(self, count: int) -> tuple[Span, ...]:
+        """Its bytes in so many equal pieces, in order: as they are, or cut from one."""
+        if len(self.spans) == count:
+            return self.spans
+        (span,) = self.spans
+        step = (span.end - span.begin) // count
+        return tuple(Span(span.file, cut, cut + step) for cut in range(span.begin, span.end, step))
 
     def chunks(self) -> Iterator[memoryview]:
         """Its bytes, in order."""

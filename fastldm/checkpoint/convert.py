@@ -6,21 +6,24 @@ import json
 import os
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from fastldm.checkpoint.container import Entry, Payload, write_safetensors
 from fastldm.checkpoint.defaults import ABILITIES, default_abilities
 from fastldm.checkpoint.load import Config, open_source, pad_id, read_scheduler, read_tokenizer
-from fastldm.checkpoint.networks import build
+from fastldm.checkpoint.networks import build, read_network_config
+from fastldm.checkpoint.paper import paper_names
 from fastldm.checkpoint.pickles import PickleFile
-from fastldm.checkpoint.rename import CLIP, OPEN_CLIP
+from fastldm.checkpoint.rename import CLIP, OPEN_CLIP, Names
 from fastldm.checkpoint.save import write_folder
 from fastldm.checkpoint.single import METADATA, single_names
 from fastldm.checkpoint.source import Source, as_convolution
 from fastldm.errors import CheckpointError, InvalidArgument
 from fastldm.models.clip import CLIP_L
 from fastldm.models.tokenizer import Tokenizer
+from fastldm.models.unet_config import UNCONDITIONAL
 
 _VAE_PROJECTION = re.compile(
     r"first_stage_model\.\w+\.(mid\.attn_1|(down|up)\.\d+\.attn\.\d+)\.(q|k|v|proj_out)\.weight"
@@ -47,9 +50,9 @@ def convert(
     """
     model = open_source(source, config, allow_pickle)
     place = _destination(model, destination, overwrite)
-    networks = build(model)
+    build(model)
     prediction = read_scheduler(model).prediction
-    words = read_tokenizer(model, networks.text_encoder.config.vocab_size, tokenizer)
+    words = read_tokenizer(model, tokenizer)
     if place.suffix != ".safetensors":
         configs = {name: part.config for name, part in model.parts.items()}
         weights = {name: _payloads(part.tensors) for name, part in model.parts.items()}
@@ -81,36 +84,50 @@ def _payloads(tensors: Mapping[str, Entry]) -> dict[str, Payload]:
 
 def single_tensors(model: Source) -> dict[str, Entry]:
     """The tensors of a model by their names in a single file."""
-    stage = OPEN_CLIP if model.family.startswith("sd2") else CLIP
-    names = single_names({name: part.config for name, part in model.parts.items()}, stage, model.path)
+    names = _names(model)
     found: dict[str, Entry] = {}
     for name, part in model.parts.items():
         for key in part.tensors:
             single = names[name].to_single(key)
             assert single is not None, key
-            entry = _joined(single, names[name].to_folder(single), part.tensors)
-            found[single] = as_convolution(entry) if _VAE_PROJECTION.fullmatch(single) else entry
+            keys, heads = names[name].to_folder(single), names[name].heads(single)
+            entry = _joined(single, keys, part.tensors, heads)
+            if _VAE_PROJECTION.fullmatch(single):
+                entry = as_convolution(entry, 2)
+            elif name == "unet" and ".attentions." in key and part.config["_class_name"] == UNCONDITIONAL:
+                entry = as_convolution(entry, 1)
+            found[single] = entry
     return found
 
 
-def _joined(single: str, keys: tuple[str, ...], tensors: Mapping[str, Entry]) -> Entry:
-    """The tensor that these are the parts of, along the first dimension."""
+def _names(model: Source) -> dict[str, Names]:
+    configs = {name: part.config for name, part in model.parts.items()}
+    if model.family.startswith("ldm"):
+        return paper_names({part: read_network_config(part, configs[part], model.path) for part in configs})
+    return single_names(configs, OPEN_CLIP if model.family.startswith("sd2") else CLIP, model.path)
+
+
+def _joined(single: str, keys: tuple[str, ...], tensors: Mapping[str, Entry], heads: int) -> Entry:
+    """The tensor that these are the parts of, along the first dimension; head by head where it is so kept."""
     parts = [tensors[key] for key in keys]
     first = parts[0]
+    if len(parts) == 1:
+        return replace(first, name=single)
     if any(part.dtype != first.dtype for part in parts):
         why = f"cannot be joined into {single}: dtypes {', '.join(part.dtype for part in parts)}"
         raise CheckpointError(first.spans[0].file.path, first.name, why)
-    spans = tuple(span for part in parts for span in part.spans)
+    by_head = zip(*(part.pieces(heads) for part in parts), strict=True)
+    spans = tuple(span for head in by_head for span in head)
     return Entry(single, first.dtype, (first.shape[0] * len(parts), *first.shape[1:]), spans)
 
 
-def _metadata(model: Source, prediction: str, tokenizer: Tokenizer) -> dict[str, str]:
+def _metadata(model: Source, prediction: str, tokenizer: Tokenizer | None) -> dict[str, str]:
     """What the tensors of a single file do not tell."""
-    embedded: dict[str, object] = {name: part.config for name, part in model.parts.items()}
-    embedded["scheduler"] = model.scheduler
-    if model.abilities != default_abilities(model.family):
+    configs = {name: part.config for name, part in model.parts.items()}
+    embedded: dict[str, object] = {**configs, "scheduler": model.scheduler}
+    if model.abilities != default_abilities(model.family, configs):
         embedded[ABILITIES] = model.abilities.to_dict()
-    if not _is_plain_clip(tokenizer, model.family):
+    if tokenizer is not None and not _is_plain_clip(tokenizer, model.family):
         with TemporaryDirectory() as folder:
             tokenizer.save(folder)
             embedded["tokenizer"] = {
@@ -125,6 +142,8 @@ def _metadata(model: Source, prediction: str, tokenizer: Tokenizer) -> dict[str,
 
 def _is_plain_clip(tokenizer: Tokenizer, family: str) -> bool:
     """Whether a single file of this family is read with this very tokenizer anyway."""
+    if not family.startswith("sd"):
+        return False
     facts = (tokenizer.vocab_size, tokenizer.max_length, tokenizer.pad_id)
     if facts != (CLIP_L.vocab_size, CLIP_L.max_position_embeddings, pad_id(family)):
         return False

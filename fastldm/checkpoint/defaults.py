@@ -4,10 +4,15 @@ family can be asked for.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from fastldm.abilities import Abilities
+from fastldm.models.conditioners import ClassEmbedderConfig, RescalerConfig
+
+UPSCALING = 4  # of the paper's models that read a small picture
 
 _BETAS = {
     "beta_start": 0.00085,
@@ -16,7 +21,7 @@ _BETAS = {
     "num_train_timesteps": 1000,
     "trained_betas": None,
 }
-_DDIM = {
+DDIM = {
     "_class_name": "DDIMScheduler",
     **_BETAS,
     "clip_sample": False,
@@ -33,22 +38,50 @@ _PNDM = {
 
 SCHEDULERS: dict[str, dict[str, Any]] = {
     "sd1": _PNDM,
-    "sd1-inpaint": _DDIM,
-    "sd2": _DDIM,
-    "sd2-inpaint": _DDIM,
+    "sd1-inpaint": DDIM,
+    "sd2": DDIM,
+    "sd2-inpaint": DDIM,
 }
 
 ABILITIES = "_fastldm"
 """Where a folder's model_index.json, and the metadata of a single file, say what a model can be asked for."""
 
 
-def default_abilities(family: str) -> Abilities:
-    """What every model of a family can be asked for."""
+def default_abilities(family: str, configs: Mapping[str, Mapping[str, Any]]) -> Abilities:
+    """What a model of a family can be asked for, with these config.json of its networks."""
+    if family.startswith("ldm"):
+        return _paper_abilities(family, configs)
     return Abilities(needs="mask") if family.endswith("-inpaint") else Abilities()
 
 
-def read_abilities(family: str, stated: object, file: Path) -> Abilities:
+def _paper_abilities(family: str, configs: Mapping[str, Mapping[str, Any]]) -> Abilities:
+    """What a model of the latent diffusion paper can be asked for, which was trained for one task."""
+    plain = Abilities(prompt=False, guides=False)
+    if family == "ldm-text":
+        return Abilities(guidance_scale=5.0)
+    if family == "ldm-class":
+        embedder = ClassEmbedderConfig.from_dict(configs["class_embedder"])
+        guided = replace(plain, guides=embedder.null_class, guidance_scale=3.0)
+        return replace(guided, classes=embedder.classes, needs="label")
+    if family == "ldm-layout":
+        return replace(plain, layout=True, needs="layout")
+    if family == "ldm-semantic":
+        channels = RescalerConfig.from_dict(configs["rescaler"]).in_channels
+        classes = tuple(str(number) for number in range(channels))
+        return replace(plain, segmentation=classes, inpainting=False, needs="segmentation")
+    if family == "ldm-inpaint":
+        return replace(plain, inpainting=True, needs="mask")
+    if family == "ldm-upscale":
+        return replace(plain, upscaling=UPSCALING, inpainting=False, needs="image")
+    return plain
+
+
+def read_abilities(
+    family: str, configs: Mapping[str, Mapping[str, Any]], stated: object, file: Path
+) -> Abilities:
     """What a model says that it can be asked for, else what its family can; CheckpointError names a wrong
     field.
     """
-    return default_abilities(family) if stated is None else Abilities.from_dict(stated, str(file), ABILITIES)
+    if stated is None:
+        return default_abilities(family, configs)
+    return Abilities.from_dict(stated, str(file), ABILITIES)

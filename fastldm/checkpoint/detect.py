@@ -1,7 +1,7 @@
 """What a single file is, read from its keys and shapes alone: the family, and each network's config.json.
 
 Shapes fix everything but the number of attention heads: SD1 has 8 on every level, SD2 and CLIP heads of 64
-channels.
+channels, the models of the latent diffusion paper those of the one that has the same shapes.
 """
 
 from __future__ import annotations
@@ -12,14 +12,17 @@ from typing import Any
 
 from fastldm.checkpoint.limits import MAX_LEVELS
 from fastldm.checkpoint.rename import CLIP, OPEN_CLIP, SHORT_CLIP, STAGES
+from fastldm.checkpoint.source import PARTS
 from fastldm.errors import CheckpointError
+from fastldm.models.bert import LDM_BERT, BERTConfig
+from fastldm.models.unet_config import UNetConfig
 
 SD1_HEADS = 8
 HEAD_WIDTH = 64
 MAX_BLOCKS = 256
 SD_SCALING_FACTOR = 0.18215
+BERT_WORDS = BERTConfig().vocab_size  # of an encoder that reads text; others read layouts
 
-BERT = "latent diffusion models with a BERT text encoder are not supported yet"
 ONE_COMPONENT = "this is one component of a diffusers folder: give the folder that holds its model_index.json"
 # How keys begin that only one kind of model file has, and what to say of it.
 FOREIGN = (
@@ -29,8 +32,6 @@ FOREIGN = (
     (("model.diffusion_model.double_blocks.", "double_blocks."), "Flux is not supported"),
     (("low_scale_model.",), "the Stable Diffusion upscaler is not supported yet"),
     (("depth_model.",), "the Stable Diffusion 2 depth model is not supported"),
-    (("cond_stage_model.transformer.token_emb.",), BERT),
-    (("cond_stage_model.embedding.",), "class-conditional latent diffusion models are not supported yet"),
     (("control_model.", "input_hint_block.", "controlnet_cond_"), "a ControlNet is no model by itself"),
     (("emb_params",), "a textual inversion is no model by itself"),
     (("time_embedding.", "decoder.mid_block.", "text_model.encoder.", "encoder.layers."), ONE_COMPONENT),
@@ -45,23 +46,26 @@ FOREIGN_CLASSES = {
     "StableDiffusionLatentUpscale": "the latent upscaler is not supported",
     "StableDiffusionDepth2Img": "the Stable Diffusion 2 depth model is not supported",
     "StableDiffusionInstructPix2Pix": "InstructPix2Pix is not supported",
-    "LDMTextToImage": BERT,
-    "LDMSuperResolution": "latent diffusion super-resolution is not supported yet",
-    "LatentDiffusion": "unconditional latent diffusion models are not supported yet",
+    "LDMTextToImage": "of this model, the original single file is supported, the folder is not yet",
+    "LDMSuperResolution": "of this model, the original single file is supported, the folder is not yet",
+    "LDMPipeline": "of this model, the original single file is supported, the folder is not yet",
     "DiT": "DiT is not supported yet",
     "Flux": "Flux is not supported",
 }
 
 
-def refuse_foreign(file: Path, keys: Iterable[str]) -> None:
-    """CheckpointError saying what a single file is when it is no SD1 or SD2 model."""
+def refuse_foreign(file: Path, keys: Iterable[str], parts: Iterable[str] = PARTS) -> None:
+    """CheckpointError saying what a single file is when it is no model that fastldm knows, with these parts
+    at least.
+    """
     keys = tuple(keys)
     for starts, why in FOREIGN:
         if any(key.startswith(starts) for key in keys):
             raise CheckpointError(file, None, why)
     if any("lora_" in key or ".lora." in key for key in keys):
         raise CheckpointError(file, None, "a LoRA is no model by itself: load a model, then the LoRA")
-    for part, prefix in STAGES.items():
+    for part in parts:
+        prefix = STAGES[part]
         if not any(key.startswith(prefix) for key in keys):
             raise CheckpointError(
                 file, f"{prefix}*", f"is missing: the file holds no {part.replace('_', ' ')}"
@@ -97,42 +101,66 @@ class Shapes:
         return CheckpointError(self.file, self.prefix + key, why)
 
 
-def family_of(unet: Mapping[str, Any]) -> str:
-    """sd1, sd1-inpaint, sd2 or sd2-inpaint, from a UNet's config.json: linear projections came with SD2."""
-    base = "sd2" if unet.get("use_linear_projection") else "sd1"
+def family_of(configs: Mapping[str, Mapping[str, Any]]) -> str:
+    """A model's family, from its networks' config.json by name.
+
+    sd1, sd1-inpaint, sd2 or sd2-inpaint with a CLIP text encoder: linear projections came with SD2. ldm and
+    what it draws from for the models of the latent diffusion paper.
+    """
+    unet, text = configs["unet"], configs.get("text_encoder")
     given, latent = unet.get("in_channels", 4), unet.get("out_channels", 4)
-    return f"{base}-inpaint" if isinstance(latent, int) and given == 2 * latent + 1 else base
+    inpaints = isinstance(latent, int) and given == 2 * latent + 1
+    if text is not None and text.get("model_type") != LDM_BERT:
+        base = "sd2" if unet.get("use_linear_projection") else "sd1"
+        return f"{base}-inpaint" if inpaints else base
+    if text is not None:
+        return "ldm-text" if text.get("vocab_size") == BERT_WORDS else "ldm-layout"
+    if "class_embedder" in configs:
+        return "ldm-class"
+    if "rescaler" in configs:
+        return "ldm-semantic"
+    if inpaints:
+        return "ldm-inpaint"
+    return "ldm-unconditional" if given == latent else "ldm-upscale"
 
 
 def infer_unet(shapes: Shapes) -> dict[str, Any]:
     """The config.json of a UNet with CompVis keys."""
     downsamplers = [i for i in range(1, MAX_BLOCKS) if f"input_blocks.{i}.0.op.weight" in shapes]
+    layers = shapes.count(lambda i: f"input_blocks.{i + 1}.0.in_layers.2.weight")
+    upsamplers = [
+        i
+        for i in range(MAX_BLOCKS)
+        if any(f"output_blocks.{i}.{j}.in_layers.2.weight" in shapes for j in (1, 2))
+    ]
+    resamples = bool(upsamplers) and not downsamplers  # by residual blocks, which look as all others do
+    if resamples:
+        layers = upsamplers[0]
+        downsamplers = [(i + 1) * (layers + 1) for i in range(len(upsamplers))]
     if len(downsamplers) >= MAX_LEVELS:
         raise shapes.error(
             "input_blocks.*", f"form {len(downsamplers) + 1} levels; the limit is {MAX_LEVELS}"
         )
     first_blocks = [1, *(i + 1 for i in downsamplers)]
-    widths = [shapes.get(f"input_blocks.{i}.0.in_layers.2.weight", 4)[0] for i in first_blocks]
-    depths = [_depth(shapes, f"input_blocks.{i}.1") for i in first_blocks]
-    linear = len(shapes.get("middle_block.1.proj_in.weight", 2, 4)) == 2
-    attends = [depth > 0 for depth in depths]
-    mid = _depth(shapes, "middle_block.1")
-    return {
-        "_class_name": "UNet2DConditionModel",
-        "sample_size": 64,
-        "in_channels": shapes.get("input_blocks.0.0.weight", 4)[1],
-        "out_channels": shapes.get("out.2.weight", 4)[0],
-        "block_out_channels": widths,
-        "layers_per_block": shapes.count(lambda i: f"input_blocks.{i + 1}.0.in_layers.2.weight"),
-        "down_block_types": ["CrossAttnDownBlock2D" if on else "DownBlock2D" for on in attends],
-        "up_block_types": ["CrossAttnUpBlock2D" if on else "UpBlock2D" for on in attends[::-1]],
-        "attention_head_dim": [_heads(width, linear) for width in widths],
-        "transformer_layers_per_block": [*(depth or mid for depth in depths[:-1]), mid],
-        "cross_attention_dim": shapes.get("middle_block.1.transformer_blocks.0.attn2.to_k.weight", 2)[1],
-        "use_linear_projection": linear,
-        "norm_num_groups": 32,
-        "norm_eps": 1e-5,
-    }
+    widths = tuple(shapes.get(f"input_blocks.{i}.0.in_layers.2.weight", 4)[0] for i in first_blocks)
+    depths = tuple(_depth(shapes, f"input_blocks.{i}.1") for i in first_blocks)
+    context, linear = None, False
+    if "middle_block.1.qkv.weight" not in shapes:
+        context = shapes.get("middle_block.1.transformer_blocks.0.attn2.to_k.weight", 2)[1]
+        linear = len(shapes.get("middle_block.1.proj_in.weight", 2, 4)) == 2
+    return UNetConfig(
+        in_channels=shapes.get("input_blocks.0.0.weight", 4)[1],
+        out_channels=shapes.get("out.2.weight", 4)[0],
+        block_out_channels=widths,
+        layers_per_block=layers,
+        heads=tuple(_heads(width, linear) if context else 1 for width in widths),
+        transformer_depth=depths,
+        mid_depth=_depth(shapes, "middle_block.1"),
+        cross_attention_dim=context,
+        use_linear_projection=linear,
+        scale_shift_norm=shapes.get("input_blocks.1.0.emb_layers.1.weight", 2)[0] == 2 * widths[0],
+        resblock_updown=resamples,
+    ).to_dict()
 
 
 def _heads(width: int, linear: bool) -> int:
@@ -140,6 +168,8 @@ def _heads(width: int, linear: bool) -> int:
 
 
 def _depth(shapes: Shapes, prefix: str) -> int:
+    if f"{prefix}.qkv.weight" in shapes:
+        return 1
     return shapes.count(lambda i: f"{prefix}.transformer_blocks.{i}.norm1.weight")
 
 

@@ -19,10 +19,13 @@ from fastldm.errors import CheckpointError
 
 INDEX = "model_index.json"
 CLASSES = {
-    "unet": ("UNet2DConditionModel",),
+    "unet": ("UNet2DConditionModel", "UNet2DModel"),
     "vae": ("AutoencoderKL", "VQModel"),
-    "text_encoder": ("CLIPTextModel", "CLIPTextModelWithProjection"),
+    "text_encoder": ("CLIPTextModel", "CLIPTextModelWithProjection", "LDMBertModel"),
+    "class_embedder": ("ClassEmbedder",),
+    "rescaler": ("SpatialRescaler",),
 }
+PAPER_CLASS = "LatentDiffusion"  # of a model of the paper, of which a folder is fastldm's own layout
 NOT_NEEDED = ("safety_checker", "feature_extractor", "image_encoder")
 MAX_SHARDS = 256
 _WEIGHTS = re.compile(
@@ -36,23 +39,24 @@ def open_folder(path: Path, overrides: Mapping[str, Any], allow_pickle: bool = F
     if not (path / INDEX).is_file():
         raise CheckpointError(path, None, _not_a_model(path))
     index = read_json(path / INDEX)
-    _check_index(path / INDEX, index)
+    present = _check_index(path / INDEX, index)
     skipped = Skipped()
     files: list[WeightFile] = []
     parts = {}
-    for name in PARTS:
+    for name in present:
         config_file = path / name / "config.json"
         config = overlay(read_json(config_file), overrides.get(name))
         weight_file, shards = _weight_files(path / name, overrides.get("variant"), allow_pickle)
         parts[name] = Part(config, config_file, weight_file, _tensors(name, shards, skipped), lambda key: key)
         files += shards
     scheduler_file = path / "scheduler" / "scheduler_config.json"
-    family = family_of(parts["unet"].config)
+    configs = {name: part.config for name, part in parts.items()}
+    family = family_of(configs)
     return Source(
         path=path,
         family=family,
         parts=parts,
-        abilities=read_abilities(family, index.get(ABILITIES), path / INDEX),
+        abilities=read_abilities(family, configs, index.get(ABILITIES), path / INDEX),
         scheduler=overlay(read_json(scheduler_file), overrides.get("scheduler")),
         scheduler_file=scheduler_file,
         tokenizer=path / "tokenizer",
@@ -73,8 +77,10 @@ def _not_a_model(path: Path) -> str:
     return why
 
 
-def _check_index(file: Path, index: Mapping[str, Any]) -> None:
-    """Refuse pipelines of other families and components that fastldm does not have."""
+def _check_index(file: Path, index: Mapping[str, Any]) -> list[str]:
+    """The networks that there are; pipelines of other families and components that fastldm does not have are
+    refused.
+    """
     pipeline = str(index.get("_class_name"))
     for beginning, why in FOREIGN_CLASSES.items():
         if pipeline.startswith(beginning):
@@ -85,15 +91,16 @@ def _check_index(file: Path, index: Mapping[str, Any]) -> None:
         if isinstance(value, list) and len(value) == 2 and value[1] is not None and not name.startswith("_")
     }
     for name, kind in present.items():
-        if name not in (*PARTS, "tokenizer", "scheduler", *NOT_NEEDED):
+        if name not in (*CLASSES, "tokenizer", "scheduler", *NOT_NEEDED):
             raise CheckpointError(file, name, f"is a component that fastldm does not know: {kind!r:.80}")
         if name in CLASSES and kind not in CLASSES[name]:
             raise CheckpointError(
                 file, name, f"is of class {kind!r:.80}; fastldm supports {' and '.join(CLASSES[name])}"
             )
-    for name in PARTS:
+    for name in ("unet", "vae") if pipeline == PAPER_CLASS else PARTS:
         if name not in present:
             raise CheckpointError(file, name, "is missing: the model has no such component")
+    return [name for name in CLASSES if name in present]
 
 
 def _weight_files(folder: Path, variant: str | None, allow_pickle: bool) -> tuple[Path, list[WeightFile]]:

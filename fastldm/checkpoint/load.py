@@ -13,17 +13,19 @@ import torch
 from torch import nn
 
 from fastldm.abilities import Abilities
+from fastldm.checkpoint.files import open_single
 from fastldm.checkpoint.folder import open_folder
 from fastldm.checkpoint.hub import resolve
 from fastldm.checkpoint.limits import check_structure
-from fastldm.checkpoint.networks import build
+from fastldm.checkpoint.networks import build, read_network_config
 from fastldm.checkpoint.overrides import read_overrides
-from fastldm.checkpoint.single import open_single
-from fastldm.checkpoint.source import PARTS, Part, Source
+from fastldm.checkpoint.source import CONDITIONERS, Part, Source
 from fastldm.checkpoint.tensors import read_tensor
 from fastldm.diffusion import SchedulerConfig
-from fastldm.errors import CheckpointError
+from fastldm.errors import CheckpointError, InvalidArgument
+from fastldm.models.bert import BERTModel
 from fastldm.models.clip import CLIPTextModel
+from fastldm.models.conditioners import ClassEmbedder, SpatialRescaler
 from fastldm.models.tokenizer import Tokenizer
 from fastldm.models.unet import UNet
 from fastldm.models.vae import AutoencoderKL
@@ -41,12 +43,27 @@ class Components:
     family: str
     unet: UNet
     vae: AutoencoderKL | VQModel
-    text_encoder: CLIPTextModel
-    tokenizer: Tokenizer
+    text_encoder: CLIPTextModel | BERTModel | None
+    tokenizer: Tokenizer | None  # None beside a text encoder: it reads layouts
     scheduler: SchedulerConfig
     warnings: tuple[str, ...]
     path: Path
     abilities: Abilities = Abilities()
+    class_embedder: ClassEmbedder | None = None
+    rescaler: SpatialRescaler | None = None
+
+    @property
+    def networks(self) -> dict[str, nn.Module]:
+        """Those that the model has, by name."""
+        named = {name: getattr(self, name) for name in ("unet", "vae", *CONDITIONERS)}
+        return {name: network for name, network in named.items() if network is not None}
+
+    @property
+    def text(self) -> tuple[Tokenizer, CLIPTextModel | BERTModel]:
+        """Tokenizer and text encoder; CheckpointError for a model that reads no text."""
+        if self.tokenizer is None or self.text_encoder is None:
+            raise CheckpointError(self.path, "text_encoder", "is missing: the model reads no text")
+        return self.tokenizer, self.text_encoder
 
 
 def open_source(path: str | os.PathLike[str], config: Config = None, allow_pickle: bool = False) -> Source:
@@ -79,17 +96,17 @@ def load_components(
     source = open_source(path, config, allow_pickle)
     networks = build(source)
     scheduler = read_scheduler(source)
-    words = read_tokenizer(source, networks.text_encoder.config.vocab_size, tokenizer)
-    for name, network in zip(PARTS, networks, strict=True):
-        _fill(network, source.parts[name], dtype or torch.float32, device)
+    words = read_tokenizer(source, tokenizer)
+    for name, part in source.parts.items():
+        _fill(getattr(networks, name), part, dtype or torch.float32, device)
     return Components(
-        source.family,
-        *networks,
+        family=source.family,
         tokenizer=words,
         scheduler=scheduler,
         warnings=(*source.warnings, *scheduler.warnings),
         path=source.path,
         abilities=source.abilities,
+        **networks._asdict(),
     )
 
 
@@ -112,23 +129,33 @@ def pad_id(family: str) -> int:
 
 
 def read_tokenizer(
-    source: Source, vocab_size: int, given: Tokenizer | str | os.PathLike[str] | None = None
-) -> Tokenizer:
-    """The tokenizer given, or read from the folder given, else the model's own, else CLIP's.
+    source: Source, given: Tokenizer | str | os.PathLike[str] | None = None
+) -> Tokenizer | None:
+    """The tokenizer given, or read from the folder given, else the model's own, else CLIP's for Stable
+    Diffusion; None for a model that reads no text.
 
-    CheckpointError when the text encoder, which knows `vocab_size` tokens, does not know them all.
+    CheckpointError when the text encoder does not know all its tokens, or the model's words are not known.
     """
+    if not source.abilities.prompt:
+        if given is not None:
+            raise InvalidArgument("tokenizer", given, "None: this model reads no text")
+        return None
     tokenizer = _own_tokenizer(source) if given is None else given
     if not isinstance(tokenizer, Tokenizer):
         tokenizer = _tokenizer_in(Path(tokenizer))
-    if tokenizer.vocab_size > vocab_size:
-        why = f"is {vocab_size}, but the tokenizer has {tokenizer.vocab_size} tokens; tokenizer= can give one"
-        raise CheckpointError(source.parts["text_encoder"].config_file, "vocab_size", why)
+    part = source.parts["text_encoder"]
+    known = read_network_config("text_encoder", part.config, part.config_file).vocab_size
+    if tokenizer.vocab_size > known:
+        why = f"is {known}, but the tokenizer has {tokenizer.vocab_size} tokens; tokenizer= can give one"
+        raise CheckpointError(part.config_file, "vocab_size", why)
     return tokenizer
 
 
 def _own_tokenizer(source: Source) -> Tokenizer:
     if source.tokenizer is None:
+        if source.family.startswith("ldm"):
+            why = "is not in the file: tokenizer= takes a folder with that of bert-base-uncased"
+            raise CheckpointError(source.path, "tokenizer", why)
         return Tokenizer.clip(pad_id(source.family))
     if isinstance(source.tokenizer, Path):
         if not source.tokenizer.is_dir():

@@ -10,10 +10,17 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from fastldm.checkpoint.limits import check_structure
-from fastldm.checkpoint.source import PARTS, Part, Source
+from fastldm.checkpoint.source import Part, Source
 from fastldm.checkpoint.tensors import DTYPES
 from fastldm.errors import CheckpointError
+from fastldm.models.bert import LDM_BERT, BERTConfig, BERTModel
 from fastldm.models.clip import CLIPTextConfig, CLIPTextModel
+from fastldm.models.conditioners import (
+    ClassEmbedder,
+    ClassEmbedderConfig,
+    RescalerConfig,
+    SpatialRescaler,
+)
 from fastldm.models.hints import hint_channels
 from fastldm.models.unet import UNet, UNetConfig
 from fastldm.models.vae import AutoencoderKL, VAEConfig
@@ -23,6 +30,8 @@ NETWORKS: dict[str, tuple[Any, Any]] = {
     "unet": (UNetConfig, UNet),
     "vae": (VAEConfig, AutoencoderKL),
     "text_encoder": (CLIPTextConfig, CLIPTextModel),
+    "class_embedder": (ClassEmbedderConfig, ClassEmbedder),
+    "rescaler": (RescalerConfig, SpatialRescaler),
 }
 
 
@@ -36,18 +45,22 @@ def read_network_config(part: str, fields: Mapping[str, Any], file: Path) -> Any
 
 
 def _classes(part: str, fields: Mapping[str, Any]) -> tuple[Any, Any]:
-    """The dataclass and the network of a component, of which an autoencoder may be of two classes."""
+    """The dataclass and the network of a component; autoencoders and text encoders are of two classes."""
     if part == "vae" and fields.get("_class_name") == "VQModel":
         return VQConfig, VQModel
+    if part == "text_encoder" and fields.get("model_type") == LDM_BERT:
+        return BERTConfig, BERTModel
     return NETWORKS[part]
 
 
 class Networks(NamedTuple):
-    """The networks of a model, in the order of `PARTS`."""
+    """The networks of a model: one that makes the UNet's context, or a map for it, or none."""
 
     unet: UNet
     vae: AutoencoderKL | VQModel
-    text_encoder: CLIPTextModel
+    text_encoder: CLIPTextModel | BERTModel | None = None
+    class_embedder: ClassEmbedder | None = None
+    rescaler: SpatialRescaler | None = None
 
 
 def build(source: Source) -> Networks:
@@ -56,12 +69,18 @@ def build(source: Source) -> Networks:
     A tensor that is missing, unexpected, misshapen or no float is a CheckpointError, and so are networks that
     do not fit together.
     """
-    networks = Networks(*(_build(name, source.parts[name]) for name in PARTS))
-    unet, vae, text = networks.unet.config, networks.vae.config, networks.text_encoder.config
-    unet_file = source.parts["unet"].config_file
-    if unet.cross_attention_dim != text.hidden_size:
-        why = f"is {unet.cross_attention_dim}, but the text encoder's hidden_size is {text.hidden_size}"
-        raise CheckpointError(unet_file, "cross_attention_dim", why)
+    networks = Networks(**{name: _build(name, part) for name, part in source.parts.items()})
+    unet, unet_file = networks.unet.config, source.parts["unet"].config_file
+    given = unet.cross_attention_dim
+    made, by = None, "there is no network that makes a context"
+    if networks.text_encoder is not None:
+        made = networks.text_encoder.config.hidden_size
+        by = f"the text encoder's hidden_size is {made}"
+    elif networks.class_embedder is not None:
+        made = networks.class_embedder.config.embed_dim
+        by = f"the class embedder's embed_dim is {made}"
+    if given != made:
+        raise CheckpointError(unet_file, "cross_attention_dim", f"is {given}, but {by}")
     for width, heads in zip(unet.block_out_channels, unet.heads, strict=True):
         if width % heads:
             raise CheckpointError(
@@ -69,19 +88,25 @@ def build(source: Source) -> Networks:
             )
     if unet.num_class_embeds:
         raise CheckpointError(unet_file, "num_class_embeds", f"is {unet.num_class_embeds}: not supported yet")
-    latent = vae.latent_channels
-    if unet.out_channels != latent or unet.in_channels not in (
-        latent,
-        2 * latent + 1,
-        latent + hint_channels(latent),
-    ):
-        why = (
-            f"is {unet.in_channels} → {unet.out_channels}; with {latent} latent channels fastldm supports "
-            f"{latent} → {latent}, {2 * latent + 1} → {latent} for inpainting, and "
-            f"{latent + hint_channels(latent)} → {latent} with a hint block"
-        )
-        raise CheckpointError(unet_file, "in_channels", why)
+    _check_channels(networks, source.family, unet_file)
     return networks
+
+
+def _check_channels(networks: Networks, family: str, file: Path) -> None:
+    """Whether the UNet reads the latents, and beside them what its family has there."""
+    unet, latent = networks.unet.config, networks.vae.config.latent_channels
+    beside = {0: "", latent + 1: " for inpainting"}
+    if not family.startswith("ldm"):
+        beside[hint_channels(latent)] = " with a hint block"
+    elif networks.rescaler is not None:
+        beside = {networks.rescaler.config.out_channels: " with a map"}
+    else:
+        beside[3] = " with a small picture"
+    if unet.out_channels != latent or unet.in_channels - latent not in beside:
+        known = ", ".join(f"{latent + more} → {latent}{what}" for more, what in sorted(beside.items()))
+        given = f"{unet.in_channels} → {unet.out_channels}"
+        why = f"is {given}; with {latent} latent channels fastldm supports {known}"
+        raise CheckpointError(file, "in_channels", why)
 
 
 def _build(name: str, part: Part) -> Any:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fastldm.checkpoint.limits import read_json
-from fastldm.checkpoint.source import PARTS
+from fastldm.checkpoint.source import CONDITIONERS, PARTS
 from fastldm.errors import InvalidArgument
 
 PREDICTIONS = {
@@ -20,7 +20,8 @@ PREDICTIONS = {
 }
 ALLOWED = (
     "'epsilon', 'v_prediction', 'sample', a dict or JSON file of config.json fields under unet, vae, "
-    "text_encoder, scheduler, with prediction_type, variant; a scheduler_config.json; a diffusers folder"
+    "text_encoder, class_embedder, rescaler, scheduler, with prediction_type, variant; a "
+    "scheduler_config.json; a diffusers folder"
 )
 FILES = {
     "unet": "unet/config.json",
@@ -34,7 +35,8 @@ def read_overrides(config: str | os.PathLike[str] | Mapping[str, Any] | None) ->
     """The `config=` argument as fields by component; InvalidArgument for one that is no such thing.
 
     A path is that of a JSON file of this form, of a scheduler_config.json, or of a diffusers folder, of which
-    only the configurations are used. `variant` names the weight files of a folder ("fp16").
+    only the configurations are used. `variant` names the weight files of a folder ("fp16"); "non_ema" asks a
+    single file for the weights that were not averaged.
     """
     if config is None:
         return {}
@@ -48,7 +50,7 @@ def read_overrides(config: str | os.PathLike[str] | Mapping[str, Any] | None) ->
         config = {"scheduler": config}
     found: dict[str, Any] = {}
     for key, value in config.items():
-        if key in (*PARTS, "scheduler") and isinstance(value, Mapping):
+        if key in (*PARTS, *CONDITIONERS, "scheduler") and isinstance(value, Mapping):
             found[key] = {**value, **found.get(key, {})}
         elif key == "variant" and isinstance(value, str):
             found[key] = value

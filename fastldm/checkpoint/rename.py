@@ -259,3 +259,8 @@ def _bert_pairs(layers: int) -> Iterator[Pair]:
         yield f"{forward}.0", f"{folder}.final_layer_norm"
         yield f"{forward}.1.net.0.0", f"{folder}.fc1"
         yield f"{forward}.1.net.2", f"{folder}.fc2"
+
+
+def conditioner_names() -> Names:
+    """Names of a class embedder or a map rescaler, the same in both layouts."""
+    return Names(STAGES["text_encoder"], [("embedding", "embedding"), ("channel_mapper", "channel_mapper")])

@@ -15,10 +15,12 @@ from fastldm.checkpoint.atomic import replacing
 from fastldm.checkpoint.container import Payload, write_safetensors
 from fastldm.checkpoint.defaults import ABILITIES, default_abilities
 from fastldm.checkpoint.detect import family_of
-from fastldm.checkpoint.folder import INDEX
+from fastldm.checkpoint.folder import INDEX, PAPER_CLASS
 from fastldm.checkpoint.tensors import payload
 from fastldm.diffusion import SchedulerConfig
+from fastldm.models.bert import BERTModel
 from fastldm.models.clip import CLIPTextModel
+from fastldm.models.conditioners import ClassEmbedder, SpatialRescaler
 from fastldm.models.tokenizer import Tokenizer
 from fastldm.models.unet import UNet
 from fastldm.models.vae import AutoencoderKL
@@ -28,6 +30,13 @@ WEIGHTS = {
     "unet": "diffusion_pytorch_model.safetensors",
     "vae": "diffusion_pytorch_model.safetensors",
     "text_encoder": "model.safetensors",
+    "class_embedder": "model.safetensors",
+    "rescaler": "model.safetensors",
+}
+PAPER_CLASSES = {
+    "text_encoder": ["diffusers", "LDMBertModel"],
+    "class_embedder": ["fastldm", "ClassEmbedder"],
+    "rescaler": ["fastldm", "SpatialRescaler"],
 }
 
 
@@ -36,8 +45,10 @@ def save_folder(
     *,
     unet: UNet,
     vae: AutoencoderKL | VQModel,
-    text_encoder: CLIPTextModel,
-    tokenizer: Tokenizer,
+    text_encoder: CLIPTextModel | BERTModel | None = None,
+    class_embedder: ClassEmbedder | None = None,
+    rescaler: SpatialRescaler | None = None,
+    tokenizer: Tokenizer | None,
     scheduler: SchedulerConfig | Mapping[str, Any],
     dtype: torch.dtype | None = None,
     abilities: Abilities = Abilities(),  # noqa: B008
@@ -47,7 +58,9 @@ def save_folder(
     `abilities`: what it can be asked for. A model that is there already is replaced once the new one is
     complete. CheckpointError when it cannot be written.
     """
-    networks: dict[str, Any] = {"unet": unet, "vae": vae, "text_encoder": text_encoder}
+    conditioners = {"text_encoder": text_encoder, "class_embedder": class_embedder, "rescaler": rescaler}
+    networks: dict[str, Any] = {"unet": unet, "vae": vae}
+    networks |= {name: network for name, network in conditioners.items() if network is not None}
     weights = {
         part: {key: payload(tensor.to(dtype or tensor.dtype)) for key, tensor in network.state_dict().items()}
         for part, network in networks.items()
@@ -61,7 +74,7 @@ def write_folder(
     folder: Path,
     configs: Mapping[str, Mapping[str, Any]],
     weights: Mapping[str, Mapping[str, Payload]],
-    tokenizer: Tokenizer,
+    tokenizer: Tokenizer | None,
     scheduler: Mapping[str, Any],
     abilities: Abilities,
 ) -> None:
@@ -72,24 +85,30 @@ def write_folder(
             (temporary / part).mkdir(parents=True)
             _write_json(temporary / part / "config.json", configs[part])
             write_safetensors(temporary / part / WEIGHTS[part], tensors, {"format": "pt"})
-        (temporary / "tokenizer").mkdir()
-        tokenizer.save(temporary / "tokenizer")
         (temporary / "scheduler").mkdir()
         _write_json(temporary / "scheduler" / "scheduler_config.json", scheduler)
-        kind = json.loads((temporary / "tokenizer" / "tokenizer_config.json").read_bytes())["tokenizer_class"]
-        task = "Inpaint" if family_of(configs["unet"]).endswith("-inpaint") else ""
+        family = family_of(configs)
         index: dict[str, Any] = {
-            "_class_name": f"StableDiffusion{task}Pipeline",
-            "feature_extractor": [None, None],
-            "requires_safety_checker": False,
-            "safety_checker": [None, None],
+            "_class_name": PAPER_CLASS,
             "scheduler": ["diffusers", scheduler["_class_name"]],
-            "text_encoder": ["transformers", "CLIPTextModel"],
-            "tokenizer": ["transformers", kind],
-            "unet": ["diffusers", "UNet2DConditionModel"],
+            "unet": ["diffusers", configs["unet"]["_class_name"]],
             "vae": ["diffusers", configs["vae"]["_class_name"]],
+            **{part: PAPER_CLASSES[part] for part in configs if part in PAPER_CLASSES},
         }
-        if abilities != default_abilities(family_of(configs["unet"])):
+        if family.startswith("sd"):
+            index |= {
+                "_class_name": f"StableDiffusion{'Inpaint' if family.endswith('-inpaint') else ''}Pipeline",
+                "feature_extractor": [None, None],
+                "requires_safety_checker": False,
+                "safety_checker": [None, None],
+                "text_encoder": ["transformers", "CLIPTextModel"],
+            }
+        if tokenizer is not None:
+            (temporary / "tokenizer").mkdir()
+            tokenizer.save(temporary / "tokenizer")
+            stated = json.loads((temporary / "tokenizer" / "tokenizer_config.json").read_bytes())
+            index["tokenizer"] = ["transformers", stated["tokenizer_class"]]
+        if abilities != default_abilities(family, configs):
             index[ABILITIES] = abilities.to_dict()
         _write_json(temporary / INDEX, index)
 

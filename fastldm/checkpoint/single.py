@@ -1,9 +1,9 @@
-"""Single files: one file with CompVis names holds all three networks and seldom a configuration."""
+"""Single files of SD1 and SD2: CompVis names hold all three networks, and seldom a configuration."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,15 +19,13 @@ from fastldm.checkpoint.detect import (
     infer_open_clip,
     infer_unet,
     infer_vae,
-    refuse_foreign,
     text_stage,
 )
 from fastldm.checkpoint.limits import parse_json
 from fastldm.checkpoint.networks import read_network_config
 from fastldm.checkpoint.overrides import PREDICTIONS, overlay
-from fastldm.checkpoint.pickles import open_weights
 from fastldm.checkpoint.rename import OPEN_CLIP, STAGES, Names, text_names, unet_names, vae_names
-from fastldm.checkpoint.source import PARTS, Part, Skipped, Source, as_matrix
+from fastldm.checkpoint.source import CONDITIONERS, PARTS, Part, Skipped, Source, as_matrix
 from fastldm.checkpoint.tensors import DTYPES, read_tensor
 from fastldm.errors import CheckpointError
 
@@ -46,37 +44,38 @@ V_PREDICTION_STD = 0.09
 _NORM = re.compile(r"model\.diffusion_model\.output_blocks\.(\d+)\.1\.transformer_blocks\.0\.norm1\.bias")
 
 
-def open_single(path: Path, overrides: Mapping[str, Any], allow_pickle: bool = False) -> Source:
-    """Work out from a single file's header what it is; of the tensors, only two small ones may be read."""
-    file = open_weights(path, allow_pickle)
-    refuse_foreign(path, file.entries)
-    embedded = _embedded(file)
+def open_stable(file: WeightFile, overrides: Mapping[str, Any]) -> Source:
+    """Work out from a file's header which SD1 or SD2 model it is; of the tensors, only two small ones may be
+    read.
+    """
+    embedded, path = embedded_in(file), file.path
     shapes = {key: entry.shape for key, entry in file.entries.items()}
     stage = text_stage(path, shapes)
     infer_text = infer_open_clip if stage == OPEN_CLIP else infer_clip
     inferred = {
         "unet": infer_unet(Shapes(path, STAGES["unet"], shapes)),
-        "vae": infer_vae(Shapes(path, STAGES["vae"], shapes), _scaling_factor(file)),
+        "vae": infer_vae(Shapes(path, STAGES["vae"], shapes), scaling_factor(file)),
         "text_encoder": infer_text(Shapes(path, stage, shapes)),
     }
-    family = family_of(inferred["unet"])
+    family = family_of(inferred)
     prediction, warnings = _prediction(file, family, embedded, overrides)
     if family == "sd2" and prediction == "v_prediction":
         inferred["unet"]["sample_size"] = 96  # the published v models draw 768², the others 512²
     configs = {part: overlay(embedded.get(part, inferred[part]), overrides.get(part)) for part in PARTS}
     names = single_names(configs, stage, path)
     skipped = Skipped()
-    tensors = _renamed(file, names, stage, skipped)
+    unused = partial(_unused_layer, stage, names["text_encoder"])
+    tensors = renamed(path, file.entries, names, skipped, unused)
     scheduler = embedded.get("scheduler", SCHEDULERS[family])
     parts = {
-        part: Part(configs[part], path, path, tensors[part], partial(_name_in_file, names[part]))
+        part: Part(configs[part], path, path, tensors[part], partial(name_in_file, names[part]))
         for part in PARTS
     }
     return Source(
         path=path,
         family=family,
         parts=parts,
-        abilities=read_abilities(family, embedded.get(ABILITIES), path),
+        abilities=read_abilities(family, configs, embedded.get(ABILITIES), path),
         scheduler=overlay({**scheduler, "prediction_type": prediction}, overrides.get("scheduler")),
         scheduler_file=path,
         tokenizer=embedded.get("tokenizer"),
@@ -86,7 +85,7 @@ def open_single(path: Path, overrides: Mapping[str, Any], allow_pickle: bool = F
     )
 
 
-def _name_in_file(names: Names, key: str) -> str:
+def name_in_file(names: Names, key: str) -> str:
     return names.to_single(key) or key
 
 
@@ -100,44 +99,56 @@ def single_names(configs: Mapping[str, Mapping[str, Any]], stage: str, file: Pat
     }
 
 
-def _renamed(
-    file: WeightFile, names: dict[str, Names], stage: str, skipped: Skipped
+def renamed(
+    path: Path,
+    entries: Mapping[str, Entry],
+    names: Mapping[str, Names],
+    skipped: Skipped,
+    unused: Callable[[str], str | None],
 ) -> dict[str, dict[str, Entry]]:
-    """The file's tensors by network and folder name; harmless ones are counted, any other key is an error."""
-    found: dict[str, dict[str, Entry]] = {part: {} for part in PARTS}
-    for key, entry in file.entries.items():
+    """A file's tensors by network and folder name.
+
+    Harmless ones are counted, and those of which `unused` gives a kind; any other key is an error.
+    """
+    found: dict[str, dict[str, Entry]] = {part: {} for part in names}
+    for key, entry in entries.items():
         if skipped.take(key):
             continue
-        part, targets = next(((p, t) for p in PARTS if (t := names[p].to_folder(key))), ("", ()))
+        part, targets = next(((p, t) for p in names if (t := names[p].to_folder(key))), ("", ()))
         if not targets:
-            if not _is_unused_layer(key, stage, names["text_encoder"]):
-                raise CheckpointError(file.path, key, "is unexpected: no SD1 or SD2 model has such a tensor")
-            skipped.count("unused_layer")
-        for target, piece in zip(targets, _cut(file, entry, len(targets)), strict=True):
+            if (kind := unused(key)) is None:
+                raise CheckpointError(path, key, "is unexpected: no model of this kind has such a tensor")
+            skipped.count(kind)
+            continue
+        for target, piece in zip(
+            targets, _cut(path, entry, len(targets), names[part].heads(key)), strict=True
+        ):
             if target in found[part]:
                 why = f"stands for the same tensor as {found[part][target].name}"
-                raise CheckpointError(file.path, key, why)
-            found[part][target] = as_matrix(piece) if part == "vae" and ".attentions." in target else piece
+                raise CheckpointError(path, key, why)
+            of_map = ".attentions." in target and (part == "vae" or len(piece.shape) == 3)
+            found[part][target] = as_matrix(piece) if of_map else piece
     return found
 
 
-def _is_unused_layer(key: str, stage: str, names: Names) -> bool:
-    """Whether a key is of a layer beyond those of an OpenCLIP encoder that the model uses."""
+def _unused_layer(stage: str, names: Names, key: str) -> str | None:
+    """A kind for a key of a layer beyond those of an OpenCLIP encoder that the model uses."""
     layer = re.fullmatch(rf"({re.escape(stage)}transformer\.resblocks\.)\d+(\..+)", key)
-    return layer is not None and names.to_folder(f"{layer[1]}0{layer[2]}") != ()
+    known = layer is not None and names.to_folder(f"{layer[1]}0{layer[2]}") != ()
+    return "unused_layer" if known else None
 
 
-def _cut(file: WeightFile, entry: Entry, parts: int) -> list[Entry]:
+def _cut(path: Path, entry: Entry, parts: int, heads: int) -> list[Entry]:
     if parts < 2:
         return [entry] * parts
-    if not entry.shape or entry.shape[0] % parts:
-        raise CheckpointError(
-            file.path, entry.name, f"has shape {list(entry.shape)}; expected {parts} equal parts"
-        )
-    return entry.rows(parts)
+    if not entry.shape or entry.shape[0] % (parts * heads):
+        of_heads = f" of {heads} heads each" if heads > 1 else ""
+        why = f"has shape {list(entry.shape)}; expected {parts} equal parts{of_heads}"
+        raise CheckpointError(path, entry.name, why)
+    return entry.rows(parts, heads)
 
 
-def _embedded(file: WeightFile) -> dict[str, Any]:
+def embedded_in(file: WeightFile) -> dict[str, Any]:
     """The configurations and tokenizer files that fastldm wrote into this file's metadata, if it did."""
     text = file.metadata.get(METADATA)
     if text is None:
@@ -146,7 +157,7 @@ def _embedded(file: WeightFile) -> dict[str, Any]:
     found = parse_json(text.encode(), file.path, where)
     if not isinstance(found, dict) or not all(isinstance(value, dict) for value in found.values()):
         raise CheckpointError(file.path, where, "must map names to objects")
-    if not set(found) <= {*PARTS, "scheduler", "tokenizer", ABILITIES}:
+    if not set(found) <= {*PARTS, *CONDITIONERS, "scheduler", "tokenizer", ABILITIES}:
         raise CheckpointError(file.path, where, f"has unknown names: {', '.join(sorted(found))}")
     for name, content in found.get("tokenizer", {}).items():
         if name not in TOKENIZER_FILES or not isinstance(content, str):
@@ -154,7 +165,7 @@ def _embedded(file: WeightFile) -> dict[str, Any]:
     return found
 
 
-def _scaling_factor(file: WeightFile) -> float | None:
+def scaling_factor(file: WeightFile) -> float | None:
     """The factor from latents to unit variance, stored where training measured it."""
     entry = file.entries.get("scale_factor")
     if entry is None:

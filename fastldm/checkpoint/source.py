@@ -11,7 +11,8 @@ from fastldm.abilities import Abilities
 from fastldm.checkpoint.container import Entry, WeightFile
 from fastldm.checkpoint.rename import harmless
 
-PARTS = ("unet", "vae", "text_encoder")
+PARTS = ("unet", "vae", "text_encoder")  # of Stable Diffusion
+CONDITIONERS = ("text_encoder", "class_embedder", "rescaler")  # of which other models have one, or none
 
 
 @dataclass(frozen=True)
@@ -57,12 +58,17 @@ class Skipped(dict[str, int]):
 
 
 def as_matrix(entry: Entry) -> Entry:
-    """A 1×1 convolution's weight [out, in, 1, 1] as the matrix [out, in]; any other tensor unchanged."""
-    if entry.shape[2:] == (1, 1):
+    """The weight [out, in, 1, 1] or [out, in, 1] of a convolution with a kernel of one as the matrix [out,
+    in]; any other tensor unchanged.
+    """
+    if entry.shape[2:] in ((1, 1), (1,)):
         return Entry(entry.name, entry.dtype, entry.shape[:2], entry.spans)
     return entry
 
 
-def as_convolution(entry: Entry) -> Entry:
-    """A matrix [out, in] as the weight [out, in, 1, 1] of a 1×1 convolution."""
-    return Entry(entry.name, entry.dtype, (*entry.shape, 1, 1), entry.spans)
+def as_convolution(entry: Entry, dims: int) -> Entry:
+    """A matrix [out, in] as the weight [out, in, 1, …] of a convolution in so many dimensions; a vector
+    unchanged.
+    """
+    ones = (1,) * dims if len(entry.shape) == 2 else ()
+    return Entry(entry.name, entry.dtype, entry.shape + ones, entry.spans)

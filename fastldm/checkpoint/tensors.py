@@ -24,16 +24,18 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 def read_tensor(entry: Entry, dtype: torch.dtype | None = None, device: str | torch.device = "cpu") -> Tensor:
     """A float tensor of a file, all finite, in another dtype and on another device when given.
 
-    It is a view of the memory map where the data lies on a multiple of 64 bytes, else a copy: misaligned data
-    is slower in every kernel and moves results by an ulp. CheckpointError naming it when it holds NaN or Inf,
-    in the file or after conversion.
+    It is a view of the memory map where the data lies in one piece on a multiple of 64 bytes, else a copy:
+    misaligned data is slower in every kernel and moves results by an ulp. CheckpointError naming it when it
+    holds NaN or Inf, in the file or after conversion.
     """
-    (span,) = entry.spans
+    span = entry.spans[0]
     if entry.numel == 0:
         raise CheckpointError(span.file.path, entry.name, "is empty")
-    data = torch.frombuffer(
-        span.file.map(), dtype=torch.uint8, count=span.end - span.begin, offset=span.begin
-    )
+    pieces = [
+        torch.frombuffer(each.file.map(), dtype=torch.uint8, count=each.end - each.begin, offset=each.begin)
+        for each in entry.spans
+    ]
+    data = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
     if data.data_ptr() % ALIGNMENT:
         data = data.clone()
     stored = data.view(DTYPES[entry.dtype]).view(entry.shape)

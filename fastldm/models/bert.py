@@ -19,7 +19,8 @@ from fastldm.errors import CheckpointError
 from fastldm.models.config import read_config
 from fastldm.models.layers import LayerNorm, Linear, merge_heads, split_heads
 
-_FIXED = {"activation_function": "gelu", "model_type": "ldmbert"}
+LDM_BERT = "ldmbert"
+_FIXED = {"activation_function": "gelu", "model_type": LDM_BERT}
 _INERT = frozenset(
     """
     architectures encoder_layerdrop dropout attention_dropout activation_dropout init_std classifier_dropout
@@ -56,7 +57,7 @@ class BERTConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The config.json of this encoder as an LDMBert's."""
-        return {"architectures": ["LDMBertModel"], "model_type": "ldmbert", **vars(self)}
+        return {"architectures": ["LDMBertModel"], "model_type": LDM_BERT, **vars(self)}
 
 
 class BERTModel(nn.Module):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastldm.errors import InvalidArgument
+from fastldm.models.bert import BERTModel
 from fastldm.models.clip import CLIPTextModel
 from fastldm.models.tokenizer import TokenizedPrompt, Tokenizer
 
@@ -37,7 +38,7 @@ class TextEmbeddings:
 class TextConditioner:
     """A tokenizer and a text encoder; `encode` is pure, so threads may share one."""
 
-    def __init__(self, tokenizer: Tokenizer, text_encoder: CLIPTextModel) -> None:
+    def __init__(self, tokenizer: Tokenizer, text_encoder: CLIPTextModel | BERTModel) -> None:
         """Raises InvalidArgument if the tokenizer has tokens that the encoder does not know."""
         known = text_encoder.config.vocab_size
         if tokenizer.vocab_size > known:

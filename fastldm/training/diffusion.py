@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastldm.diffusion import Criterion
+from fastldm.models.bert import BERTModel
 from fastldm.models.clip import CLIPTextModel
 from fastldm.models.hints import hint_channels
 from fastldm.models.layers import Conv2d, channels_last
@@ -25,7 +26,7 @@ from fastldm.training.text import token_ids, without_some
 class TextToLatents(nn.Module):
     """The UNet and its text encoder, trained together."""
 
-    def __init__(self, unet: UNet, text_encoder: CLIPTextModel) -> None:
+    def __init__(self, unet: UNet, text_encoder: CLIPTextModel | BERTModel) -> None:
         super().__init__()
         self.unet, self.text_encoder = unet, text_encoder
 

@@ -21,7 +21,6 @@ from fastldm.checkpoint.lora import write_lora
 from fastldm.checkpoint.lora_names import adaptable
 from fastldm.diffusion import Criterion, Objective
 from fastldm.errors import CheckpointError, InvalidArgument
-from fastldm.models.tokenizer import Tokenizer
 from fastldm.models.unet import UNet
 from fastldm.training.config import ATTENTION, LoraSettings
 from fastldm.training.diffusion import TextToLatents
@@ -82,14 +81,15 @@ class LoraModel:
         if components.unet.config.inpaints:
             why = f"is {components.unet.config.in_channels}: an inpainting model cannot be tuned yet"
             raise CheckpointError(components.path, "unet in_channels", why)
+        _, text_encoder = components.text
         self.settings = settings
         self.alpha = float(settings.rank if settings.alpha is None else settings.alpha)
         self.modules = {
             **_choose("unet", components.unet, "targets", settings.targets),
-            **_choose("text_encoder", components.text_encoder, "text_targets", settings.text_targets),
+            **_choose("text_encoder", text_encoder, "text_targets", settings.text_targets),
         }
         self.unet: UNet = components.unet
-        self.base = TextToLatents(components.unet, components.text_encoder)
+        self.base = TextToLatents(components.unet, text_encoder)
         generator = torch.Generator().manual_seed(seed)
         self.adapter = Adapter(self.modules, settings.rank, self.alpha, generator)
 
@@ -118,7 +118,7 @@ def fit_lora(
 ) -> None:
     """Learn with L_simple, or go on; `options` as in `fit`, whose errors are raised."""
     settings, device = model.settings, model.unet.conv_in.weight.device
-    tokenizer: Tokenizer = components.tokenizer
+    tokenizer, _ = components.text
     criterion = Criterion(Objective(), components.scheduler)
 
     def loss(step: int, generator: torch.Generator) -> Tensor:

@@ -53,7 +53,7 @@ def learn_lora(config: LoraConfig, report: Callable[[str], None] = print, strict
 
         def sample(step: int) -> None:
             file = config.folder / f"samples-{step}.png"
-            draw_samples(file, vae, model, scheduler, components.tokenizer, prompts, means.shape[-1])
+            draw_samples(file, vae, model, scheduler, components.text[0], prompts, means.shape[-1])
 
         fit_lora(
             model,

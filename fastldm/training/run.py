@@ -121,11 +121,12 @@ def first_stages(
     section = config.autoencoder
     if config.start is not None:
         given = load_components(config.start, device=session.device)
-        model = TextToLatents(channels_last(given.unet), given.text_encoder).requires_grad_(True)
+        tokenizer, text_encoder = given.text
+        model = TextToLatents(channels_last(given.unet), text_encoder).requires_grad_(True)
         vae = channels_last(given.vae).requires_grad_(True)
         if section.fit is not None or section.decoder is not None:
             _train_autoencoder(session, folder, _pictures(session, folder), vae)
-        return vae, given.tokenizer, model
+        return vae, tokenizer, model
     data = _pictures(session, folder)
     tokenizer = Tokenizer.from_words(folder.vocabulary() if folder else VOCABULARY, config.text.length)
     text_encoder = new_text_encoder(session, tokenizer)

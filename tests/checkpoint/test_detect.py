@@ -95,7 +95,7 @@ def test_published_models(
     assert replace(networks.text_encoder.config, projection_dim=text.projection_dim) == text
     counted = [sum(entry.numel for entry in source.parts[part].tensors.values()) for part in source.parts]
     assert counted == [PARAMETERS[family], VAE_PARAMETERS, TEXT_PARAMETERS[family[:3]]]
-    assert [sum(p.numel() for p in network.parameters()) for network in networks] == counted
+    assert [sum(p.numel() for p in network.parameters()) for network in networks[:3]] == counted
     assert source.warnings == (() if family.startswith("sd1") else source.warnings[:1])
     assert all("guessed prediction_type epsilon" in warning for warning in source.warnings)
     assert source.skipped == (

@@ -364,8 +364,6 @@ FOREIGN = {
     "Stable Diffusion 3": "model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight",
     "Flux": "double_blocks.0.img_attn.qkv.weight",
     "upscaler": "low_scale_model.betas",
-    "BERT": "cond_stage_model.transformer.token_emb.weight",
-    "class-conditional": "cond_stage_model.embedding.weight",
     "ControlNet": "control_model.input_hint_block.0.weight",
     "textual inversion": "emb_params",
     "LoRA": "lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight",
