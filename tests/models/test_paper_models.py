@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastldm import ops
 from fastldm.checkpoint.rename import STAGES, Names, bert_names, unet_names
-from fastldm.errors import CheckpointError
+from fastldm.errors import CheckpointError, InvalidArgument
 from fastldm.models.bert import BERTConfig, BERTModel
 from fastldm.models.conditioners import (
     ClassEmbedder,
@@ -22,6 +22,7 @@ from fastldm.models.conditioners import (
     SpatialRescaler,
 )
 from fastldm.models.layers import GroupNorm, ResampleBlock, timestep_embedding
+from fastldm.models.layouts import layout_tokens
 from fastldm.models.unet import UNet, UNetCondition, UNetConfig
 from fastldm.presets import PAPER_MODELS
 
@@ -359,3 +360,17 @@ def test_spatial_rescaler_equals_the_original(recorded: Callable[[str], Any]) ->
             case.holds(f"{name}_{size}", rescaler(case.input[f"x_{size}"]))
     with pytest.raises(CheckpointError, match="trilinear"):
         RescalerConfig.from_dict({"method": "trilinear"})
+
+
+def test_a_layout_as_tokens() -> None:
+    config = PAPER_MODELS["ldm-layout2img"].conditioner
+    assert isinstance(config, BERTConfig)
+    boxes = [(7, (0.0, 0.0, 1.0, 0.5)), (0, (0.25, 0.5, 0.75, 1.0))]
+    ids = layout_tokens(boxes, config)
+    # 90 × 90 cells: round(89 · 0.5) = 44, round(89 · 0.25) = 22, round(89 · 0.75) = 67; y · 90 + x.
+    assert ids[:6] == [7, 0, 44 * 90 + 89, 0, 44 * 90 + 22, 89 * 90 + 67]
+    assert ids[6:90] == [8191] * 84 and ids[90:] == [0, 8099]
+    for wrong in ([(8191, boxes[0][1])], [(-1, boxes[0][1])], boxes * 16):
+        with pytest.raises(InvalidArgument, match="layout"):
+            layout_tokens(wrong, config)
+    assert len(layout_tokens(boxes * 15, config)) == len(layout_tokens([], config)) == 92
