@@ -380,3 +380,23 @@ def test_published_models_are_recognised(name: str, tmp_path: Path) -> None:
     assert (source.scheduler["beta_start"], source.scheduler["beta_end"]) == model.betas
     assert {part: sum(e.numel for e in p.tensors.values()) for part, p in source.parts.items()} == counts
     assert isinstance(source.abilities, Abilities) and source.abilities.tasks
+
+
+def test_pickled_as_they_were_published(tiny: Any, tmp_path: Path) -> None:
+    """A .ckpt: read where that is allowed, and written as .safetensors."""
+    family, configs, state, file = tiny
+    torch.save({"state_dict": load_file(file), "global_step": 9}, tmp_path / "model.ckpt")
+    with pytest.raises(CheckpointError, match="allow_pickle"):
+        load_components(tmp_path / "model.ckpt", **options(family))
+    where = convert(
+        tmp_path / "model.ckpt", tmp_path / "model.safetensors", allow_pickle=True, **options(family)
+    )
+    for model in (
+        load_components(tmp_path / "model.ckpt", allow_pickle=True, **options(family)),
+        load_components(where),
+    ):
+        assert model.family == family
+        assert {part: network.config for part, network in model.networks.items()} == configs
+        for part, network in model.networks.items():
+            ours = network.state_dict()
+            assert all(torch.equal(ours[key], tensor) for key, tensor in state[part].items())
