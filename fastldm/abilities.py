@@ -21,7 +21,7 @@ class Abilities:
     """What `generate` may be told to draw, and how.
 
     prompt          it reads text; labels and layouts, where it knows them, are words of that text
-    classes         how many classes label= can name
+    classes         how many classes label= can name, or the objects of layout= where the model needs that
     labels          their names, in the order of their numbers; none: they are numbers only
     layout          it draws objects into the boxes of layout=
     segmentation    names of the classes of the maps that segmentation= takes, in the order of their numbers
@@ -50,7 +50,7 @@ class Abilities:
         draws = {
             "text to image": self.prompt and free,
             "unconditional": not (self.prompt or self.classes or self.layout) and free,
-            "class to image": self.classes > 0,
+            "class to image": self.classes > 0 and self.needs != "layout",
             "layout to image": self.layout,
             "image to image": self.needs in (None, "prompt", "label", "layout"),
             "semantic synthesis": bool(self.segmentation),

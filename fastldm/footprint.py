@@ -50,10 +50,9 @@ def of(
     components: Components,
     dtype: torch.dtype,
     together: int,
-    tokens: int,
     text_visits: bool = False,
 ) -> Footprint:
-    """The footprint of a request of which so many images are denoised together; tokens: of a prompt."""
+    """The footprint of a request of which so many images are denoised together."""
     embeds = request.prompt_embeds
     return estimate(
         components,
@@ -64,7 +63,7 @@ def of(
         together=together,
         guided=request.guided,
         steps=request.steps,
-        tokens=tokens if embeds is None else embeds.shape[1],
+        tokens=components.context_length if embeds is None else embeds.shape[1],
         from_image=request.image is not None,
         to_pixels=request.output_type != "latent",
         text_visits=text_visits,

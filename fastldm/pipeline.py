@@ -34,6 +34,7 @@ from fastldm.runtime.slots import CachingSlots, Group, Kept, Outcome, Slots, Wat
 from fastldm.runtime.turns import Turns
 from fastldm.runtime.weights import Weights
 from fastldm.tasks.beside import beside_of
+from fastldm.tasks.contexts import textless_context
 from fastldm.tasks.pictures import Pictures
 
 EMBEDDED, CONDITIONED = 16 << 20, 128 << 20  # bytes kept of embedded text, and of its keys and values
@@ -52,23 +53,23 @@ class Pipeline:
         backends: tuple[str, ...] | None,
         offload_text_encoder: bool = False,
     ) -> None:
-        shape = components.unet.config
-        beside = beside_of(components.family, shape.in_channels, shape.latent_channels)
+        shape, rescaler = components.unet.config, components.rescaler
+        beside = beside_of(components.family, shape.in_channels, shape.latent_channels, rescaler)
         self.pictures = Pictures(components.vae, beside, device)
         self.components, self.device, self.dtype, self.backends = components, device, dtype, backends
-        tokenizer, text_encoder = components.text
-        networks = components.networks.values()
-        for network in networks:
-            offloads = offload_text_encoder and network is text_encoder
-            channels_last(network.to(torch.device("cpu") if offloads else device, dtype))
-        self._visiting = visiting(text_encoder, device) if offload_text_encoder else None
-        self.loras = MergedLoras(unet=components.unet, text_encoder=text_encoder)
-        self.text = TextConditioner(tokenizer, text_encoder)
+        networks, reads = components.networks, components.tokenizer is not None
+        visits = reads and offload_text_encoder
+        for name, network in networks.items():
+            stays = visits and name == "text_encoder"
+            channels_last(network.to(torch.device("cpu") if stays else device, dtype))
+        self.text = TextConditioner(*components.text) if reads else None
+        self._visiting = visiting(networks["text_encoder"], device) if visits else None
+        self.loras = MergedLoras(**{n: networks[n] for n in ("unet", "text_encoder") if n in networks})
         self.turns = Turns()
         recorder = CudaRecorder(device) if device.type == "cuda" else None
         self.graphs = Graphs(recorder, available_bytes(device) // 4)
         self._embedded, self._conditioned = TensorCache(EMBEDDED), TensorCache(CONDITIONED)
-        self._weights = Weights(networks)
+        self._weights = Weights(networks.values())
 
     def __repr__(self) -> str:
         return f"Pipeline({self.components.path}, {self.components.family}, {self.device}, {self.dtype})"
@@ -76,11 +77,8 @@ class Pipeline:
     @property
     def limits(self) -> Limits:
         """What `generate` accepts of this model, on this machine, now."""
-        unet, vae, scheduler = (
-            self.components.unet.config,
-            self.components.vae.config,
-            self.components.scheduler,
-        )
+        model = self.components
+        unet, vae, scheduler = model.unet.config, model.vae.config, model.scheduler
         side = unet.sample_size * vae.factor
         return Limits(
             max_steps=scheduler.num_train_timesteps,
@@ -93,8 +91,8 @@ class Pipeline:
             context_dim=unet.cross_attention_dim or 0,
             memory_bytes=available_bytes(self.device),
             bytes_per_pixel=3 * (2 * self.dtype.itemsize + 12),  # of a finished image and its conversion
-            context_length=self.text.length,
-            abilities=self.components.abilities,
+            context_length=model.context_length,
+            abilities=model.abilities,
         )
 
     def generate(self, prompt: str | list[str] | None = None, **arguments: Any) -> Result:
@@ -153,8 +151,7 @@ class Pipeline:
         """How much memory a request will need, to a tenth."""
         together = smallest(len(self.groups(request)[0]))
         with ops.use_backends(self.backends):
-            visits = self._visiting is not None
-            return footprint.of(request, self.components, self.dtype, together, self.text.length, visits)
+            return footprint.of(request, self.components, self.dtype, together, self._visiting is not None)
 
     def _refuse_what_does_not_fit(self, request: Request) -> None:
         free, vae = available_bytes(self.device), self.components.vae.config
@@ -241,7 +238,10 @@ class Pipeline:
         return table
 
     def encode(self, request: Request) -> TextEmbeddings:
-        """Text embeddings of all images: context [2n or n, L, D], the unconditional half first."""
+        """What cross-attention reads for all images: [2n or n, L, D], the unconditional half first."""
+        if self.text is None:
+            model = self.components
+            return TextEmbeddings(textless_context(model.class_embedder, model.text_encoder, request))
         if request.prompt_embeds is None:
             assert request.prompts is not None
             return self._embed(request, request.prompts, request.negatives if request.guided else None)
@@ -254,7 +254,7 @@ class Pipeline:
         if request.negative_prompt_embeds is None:
             negative = self._embed(request, request.negatives)
             if negative.context.shape[1] != conditional.shape[1]:
-                allowed = f"at most {self.text.length} tokens beside prompt_embeds="
+                allowed = f"at most {self.components.context_length} tokens beside prompt_embeds="
                 raise InvalidArgument("negative_prompt", request.negatives[0], allowed)
             return TextEmbeddings(torch.cat((negative.context, conditional)), negative.warnings)
         negative_embeds = torch.as_tensor(request.negative_prompt_embeds).to(self.device, self.dtype)
@@ -263,6 +263,7 @@ class Pipeline:
     def _embed(
         self, request: Request, prompts: list[str], negatives: list[str] | None = None
     ) -> TextEmbeddings:
+        assert self.text is not None
         run = self._visiting or partial(
             self.graphs.call, "the text encoder", self.text.text_encoder, wanted=request.cuda_graph
         )
@@ -315,7 +316,8 @@ class Pipeline:
         """These images, ready to be denoised: with what their steps share, computed once."""
         rows = [half + i for half in range(0, len(text.context), request.count) for i in images]
         draws = [partial(self._noise, generators=[generator]) for generator in generators]
-        beside = self.pictures.beside(request, images, draws)
+        beside, unet = self.pictures.beside(request, images, draws), self.components.unet
+        times = to_device(table.timesteps.float(), self.device)
         return Group(
             latents=latents,
             table=table.rows,
@@ -323,10 +325,8 @@ class Pipeline:
             generators=generators,
             context=[self._keys_values(text, row) for row in rows],
             lengths=None if text.lengths is None else text.lengths[rows].tolist(),
-            time_bias=self.components.unet.time_bias(
-                to_device(table.timesteps.float(), self.device), self.dtype
-            ),
-            concat_bias=None if beside is None else self.components.unet.concat_bias(beside.to(self.dtype)),
+            time_bias=unet.time_bias(times, self.dtype),
+            concat_bias=None if beside is None else unet.concat_bias(beside.to(self.dtype)),
             kept=kept,
             watch=watch,
             whole_every=request.shortcuts.whole_every,

@@ -61,7 +61,8 @@ def check_content(
         "prompt_embeds": prompt_embeds,
         "negative_prompt_embeds": negative_prompt_embeds,
     }
-    for name, able in (("label", abilities.classes > 0), ("layout", abilities.layout)):
+    labels = abilities.classes > 0 and abilities.needs != "layout"
+    for name, able in (("label", labels), ("layout", abilities.layout)):
         if told[name] is not None and not able:
             cannot(abilities, name, told[name])
     if not abilities.prompt:
@@ -94,10 +95,10 @@ def _textless(abilities: Abilities, label: object, layout: object) -> Content:
     if layout is not None:
         layouts = _layouts(abilities, layout)
         return Content(None, [""] * len(layouts), layouts=layouts)
-    if abilities.classes:
-        refuse("label", None, f"{_label_allowed(abilities)}: this model needs one")
     if abilities.layout:
         refuse("layout", None, "a list of (object, (left, top, right, bottom)): this model needs one")
+    if abilities.classes:
+        refuse("label", None, f"{_label_allowed(abilities)}: this model needs one")
     return Content(None, [""])
 
 

@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from fastldm.abilities import Abilities
+from fastldm.models.bert import BERTConfig
 from fastldm.models.conditioners import ClassEmbedderConfig, RescalerConfig
-
-UPSCALING = 4  # of the paper's models that read a small picture
 
 _BETAS = {
     "beta_start": 0.00085,
@@ -64,7 +63,8 @@ def _paper_abilities(family: str, configs: Mapping[str, Mapping[str, Any]]) -> A
         guided = replace(plain, guides=embedder.null_class, guidance_scale=3.0)
         return replace(guided, classes=embedder.classes, needs="label")
     if family == "ldm-layout":
-        return replace(plain, layout=True, needs="layout")
+        words = BERTConfig.from_dict(configs["text_encoder"]).vocab_size
+        return replace(plain, classes=words - 1, layout=True, needs="layout")
     if family == "ldm-semantic":
         channels = RescalerConfig.from_dict(configs["rescaler"]).in_channels
         classes = tuple(str(number) for number in range(channels))
@@ -72,7 +72,8 @@ def _paper_abilities(family: str, configs: Mapping[str, Mapping[str, Any]]) -> A
     if family == "ldm-inpaint":
         return replace(plain, inpainting=True, needs="mask")
     if family == "ldm-upscale":
-        return replace(plain, upscaling=UPSCALING, inpainting=False, needs="image")
+        factor = 2 ** (len(configs["vae"]["block_out_channels"]) - 1)  # pixels along a side of one latent
+        return replace(plain, upscaling=factor, inpainting=False, needs="image")
     return plain
 
 

@@ -65,6 +65,14 @@ class Components:
             raise CheckpointError(self.path, "text_encoder", "is missing: the model reads no text")
         return self.tokenizer, self.text_encoder
 
+    @property
+    def context_length(self) -> int:
+        """Tokens of what cross-attention reads of one chunk of a prompt, a class or a layout."""
+        if self.text_encoder is None:
+            return 0 if self.class_embedder is None else 1
+        read = self.text_encoder.config.max_position_embeddings
+        return read if self.tokenizer is None else min(read, self.tokenizer.max_length)
+
 
 def open_source(path: str | os.PathLike[str], config: Config = None, allow_pickle: bool = False) -> Source:
     """The headers and configurations of a model, folder or single file, by what is there."""

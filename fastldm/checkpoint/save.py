@@ -51,12 +51,12 @@ def save_folder(
     tokenizer: Tokenizer | None,
     scheduler: SchedulerConfig | Mapping[str, Any],
     dtype: torch.dtype | None = None,
-    abilities: Abilities = Abilities(),  # noqa: B008
+    abilities: Abilities | None = None,
 ) -> None:
     """Write a model as a diffusers folder, its weights in `dtype` (None: as they are).
 
-    `abilities`: what it can be asked for. A model that is there already is replaced once the new one is
-    complete. CheckpointError when it cannot be written.
+    `abilities`: what it can be asked for, None: what its family can. A model that is there already is
+    replaced once the new one is complete. CheckpointError when it cannot be written.
     """
     conditioners = {"text_encoder": text_encoder, "class_embedder": class_embedder, "rescaler": rescaler}
     networks: dict[str, Any] = {"unet": unet, "vae": vae}
@@ -67,6 +67,8 @@ def save_folder(
     }
     configs = {part: network.config.to_dict() for part, network in networks.items()}
     fields = scheduler.to_dict() if isinstance(scheduler, SchedulerConfig) else scheduler
+    if abilities is None:
+        abilities = default_abilities(family_of(configs), configs)
     write_folder(Path(os.path.abspath(folder)), configs, weights, tokenizer, fields, abilities)
 
 

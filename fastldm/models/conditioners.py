@@ -97,7 +97,23 @@ class SpatialRescaler(nn.Module):
         out = config.out_channels
         self.channel_mapper = Conv2d(config.in_channels, out, 1, bias=config.bias) if out else None
 
-    def forward(self, maps: Tensor) -> Tensor:
+    def classes(self, maps: Tensor) -> Tensor:
+        """Maps of classes int [N, H, W] as one-hot ones: of those the convolution is a look-up, and as it
+        commutes with averaging it comes first.
+        """
+        if self.channel_mapper is None:
+            return self.halved(F.one_hot(maps, self.config.in_channels).permute(0, 3, 1, 2).float())
+        colours = F.embedding(maps, self.channel_mapper.weight[:, :, 0, 0].T)
+        if self.channel_mapper.bias is not None:
+            colours = colours + self.channel_mapper.bias
+        return self.halved(colours.permute(0, 3, 1, 2))
+
+    def halved(self, maps: Tensor) -> Tensor:
+        """Maps [N, channels, H, W] in the size of the latents."""
         for _ in range(self.config.n_stages):
             maps = F.interpolate(maps, scale_factor=0.5, mode=self.config.method)
+        return maps
+
+    def forward(self, maps: Tensor) -> Tensor:
+        maps = self.halved(maps)
         return maps if self.channel_mapper is None else self.channel_mapper(maps)

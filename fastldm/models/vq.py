@@ -107,7 +107,8 @@ def nearest(vectors: Tensor, codebook: Tensor) -> Tensor:
     codebook = codebook.to(dtype)
     half_norms = 0.5 * codebook.square().sum(1)
     rows = max(1, DISTANCES // len(codebook))
-    with torch.autocast(vectors.device.type, enabled=False):
+    kind = "cpu" if vectors.is_meta else vectors.device.type  # footprints are found without numbers
+    with torch.autocast(kind, enabled=False):
         parts = [
             torch.addmm(half_norms, part, codebook.T, alpha=-1).argmin(1)
             for part in vectors.to(dtype).split(rows)

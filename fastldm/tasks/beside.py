@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastldm.models.conditioners import SpatialRescaler
 from fastldm.models.hints import hint_channels, inpainting_hint, map_hint, upscaling_hint
 
 Encode = Callable[[Tensor], Tensor]
@@ -99,16 +100,35 @@ class PaperUpscaling(Beside):
         return small
 
 
+class PaperMap(Beside):
+    """A map of classes, each an embedding, in the size of the latents: the latent diffusion paper's."""
+
+    def __init__(self, latent_channels: int, rescaler: SpatialRescaler) -> None:
+        super().__init__(latent_channels)
+        self.rescaler = rescaler
+
+    @property
+    def channels(self) -> int:
+        return self.rescaler.config.out_channels or self.rescaler.config.in_channels
+
+    def segmentation(self, maps: Tensor, side: tuple[int, int]) -> Tensor:
+        return self.rescaler.classes(maps)
+
+
 def _small(mask: Tensor, like: Tensor) -> Tensor:
     """The mask in the size and dtype of latents."""
     return F.interpolate(mask.to(like.dtype), like.shape[2:], mode="nearest")
 
 
-def beside_of(family: str, in_channels: int, latent_channels: int) -> Beside | None:
+def beside_of(
+    family: str, in_channels: int, latent_channels: int, rescaler: SpatialRescaler | None = None
+) -> Beside | None:
     """What stands beside the latents of a model; None: nothing.
 
-    The number of channels tells, save whose inpainting it is: that is the family's.
+    The number of channels tells, save whose inpainting it is: that is the family's. A rescaler makes a map.
     """
+    if rescaler is not None:
+        return PaperMap(latent_channels, rescaler)
     paper = family.startswith("ldm")
     kinds: tuple[type[Beside], ...] = (
         (PaperInpainting, PaperUpscaling) if paper else (HintBlock, StableInpainting)

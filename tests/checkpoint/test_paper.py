@@ -267,7 +267,7 @@ def test_every_layout(tiny: Any) -> None:
 
 ABILITIES = {
     "ldm-unconditional": ("unconditional", None, False),
-    "ldm-upscale": ("upscaling ×4", "image", False),
+    "ldm-upscale": ("upscaling ×2", "image", False),
     "ldm-inpaint": ("inpainting", "mask", False),
     "ldm-semantic": ("semantic synthesis", "segmentation", False),
     "ldm-class": ("class to image", "label", True),
