@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -33,7 +34,6 @@ from fastldm.runtime.memory import available_bytes
 PROMPT = "a large blue square on a white background"
 STEPS = 3
 CPU_SIDE = 128  # pixels: a step of SD1.5 takes a second here, and 15 at its own size
-NETWORKS = "text_encoder", "unet", "vae"
 SHOWN = 20
 
 
@@ -167,31 +167,49 @@ def _twin(pipe: Pipeline, dtype: torch.dtype) -> Pipeline:
         }
         return copy.deepcopy(network, weights)
 
-    networks = {name: remake(getattr(pipe.components, name)) for name in NETWORKS}
-    return Pipeline(dataclasses.replace(pipe.components, **networks), pipe.device, dtype, None)  # type: ignore[arg-type]
+    networks: dict[str, Any] = {name: remake(each) for name, each in pipe.components.networks.items()}
+    return Pipeline(dataclasses.replace(pipe.components, **networks), pipe.device, dtype, None)
 
 
 def _weights(pipe: Pipeline) -> list[Tensor]:
-    return [weight for name in NETWORKS for weight in getattr(pipe.components, name).parameters()]
+    return [weight for network in pipe.components.networks.values() for weight in network.parameters()]
 
 
 def _layers(pipe: Pipeline) -> dict[int, str]:
     """The layer of each weight, by the address of its numbers."""
     return {
         weight.data_ptr(): f"{part}.{name.rpartition('.')[0]}"
-        for part in NETWORKS
-        for name, weight in getattr(pipe.components, part).named_parameters()
+        for part, network in pipe.components.networks.items()
+        for name, weight in network.named_parameters()
     }
 
 
 def _picture(pipe: Pipeline, size: Mapping[str, int]) -> tuple[Tensor, Tensor]:
     """The latents [1, C, h, w] and pixels [1, 3, H, W] in 0…1 of the one picture; NaN where none came."""
     try:
-        latents = pipe.generate(PROMPT, steps=STEPS, output_type="latent", cuda_graph=False, **size).images
+        asked = _asked(pipe, **size)
+        latents = pipe.generate(**asked, steps=STEPS, output_type="latent", cuda_graph=False).images
         return latents, pipe.decode(latents, "pt")
     except NonFiniteOutput:
         nothing = torch.full((1,), torch.nan, device=pipe.device)
         return nothing, nothing
+
+
+def _asked(pipe: Pipeline, width: int, height: int) -> dict[str, Any]:
+    """What the one picture is asked for with: a prompt, or what the model cannot do without."""
+    abilities = pipe.limits.abilities
+    size = {"width": width, "height": height}
+    grey = np.full((height, width, 3), 128, np.uint8)
+    if abilities.needs == "image":
+        return {"image": grey[:: abilities.upscaling, :: abilities.upscaling]}
+    told: dict[str | None, dict[str, Any]] = {
+        "label": {"label": 0},
+        "layout": {"layout": [(0, (0.25, 0.25, 0.75, 0.75))]},
+        "segmentation": {"segmentation": np.zeros((height, width), int)},
+        "mask": {"image": grey, "mask": np.tri(height, width, dtype=bool)},
+    }
+    prompt = {"prompt": PROMPT} if abilities.prompt else {}
+    return {**size, **prompt, **told.get(abilities.needs, {})}
 
 
 def _end_to_end(pipe: Pipeline, model: Pipeline, size: Mapping[str, int]) -> list[Row]:

@@ -26,6 +26,7 @@ from fastldm.models.unet import UNet, UNetConfig
 from fastldm.models.vq import VQConfig, VQModel
 from fastldm.pipeline import Pipeline
 from fastldm.runtime import Batcher
+from fastldm.verification import verify
 
 FIRST = VQConfig(block_out_channels=(16, 16, 16), layers_per_block=1, norm_num_groups=4, num_vq_embeddings=16)
 UNET = UNetConfig(
@@ -191,6 +192,13 @@ def test_footprints_and_other_sizes(drawn: tuple[str, Pipeline]) -> None:
     assert footprint.weights == weights and footprint.needed > 0
     assert (footprint.text > 0) == (name in ("text", "layout"))
     assert pipe.generate(steps=2, **larger).image.size == (24, 48)
+
+
+def test_every_op_call_of_a_task_can_be_verified(drawn: tuple[str, Pipeline]) -> None:
+    found = verify(drawn[1], width=16, height=24)
+    assert found.ok, str(found)
+    layers = {row.layer.partition(".")[0] for row in found.rows}
+    assert {"unet", "vae"} <= layers and "latents after 3 steps" in {row.layer for row in found.rows}
 
 
 WRONG: dict[str, list[tuple[dict[str, Any], str]]] = {
