@@ -67,7 +67,8 @@ def invert(
         refuse("sampler", request.sampler, f"one of {', '.join(INVERTIBLE)} to invert")
     table = inverse_table(pipe.table(request), extra)
     if request.image is not None:
-        request = replace(request, image=None, latents=_encode(pipe, request))
+        latents = _encode(pipe, request)
+        request = replace(request, image=None, starts_from_image=False, latents=latents)
     noise: Tensor = pipe.run(request, table).images
     return noise
 
