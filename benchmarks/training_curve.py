@@ -24,7 +24,8 @@ from fastldm.bench import machine, scenes
 from fastldm.checkpoint import save_folder
 from fastldm.training.config import TrainConfig, read_config
 from fastldm.training.data import SceneData
-from fastldm.training.run import first_stages, scaled_latents
+from fastldm.training.latents import latents_and_hints
+from fastldm.training.run import first_stages
 from fastldm.training.session import Session
 
 BAR = 0.85
@@ -62,7 +63,7 @@ def main() -> None:
     session = Session(config, report=lambda text: None)
     vae, tokenizer, model = first_stages(session, None)
     data = SceneData.draw(config.diffusion.pictures, config.seed + 2, config.diffusion.stage)
-    scaled_latents(session, vae, data)  # gives the autoencoder its scale
+    latents_and_hints(session, vae, data)  # gives the autoencoder its scale
     found: list[dict[str, Any]] = []
     for step, file in kept_averages(config.folder):
         kept = torch.load(file, weights_only=True)
@@ -76,7 +77,7 @@ def main() -> None:
                 vae=vae,
                 text_encoder=model.text_encoder,
                 tokenizer=tokenizer,
-                scheduler=config.diffusion.scheduler,
+                scheduler=config.scheduler,
                 dtype=torch.bfloat16,
             )
             report = scenes.measure(model=f"{folder}/model", every=options.every, guidance=options.guidance)

@@ -21,9 +21,10 @@ from torch.utils._pytree import tree_leaves
 from fastldm import ops
 from fastldm.arguments import Request
 from fastldm.checkpoint import Components
+from fastldm.models.pixels import PixelConfig
 from fastldm.models.unet import UNetCondition
-from fastldm.models.vae_strips import decode
-from fastldm.ops.registry import REFERENCE, order_in_force, watch
+from fastldm.models.vae_strips import decode, peak_bytes
+from fastldm.ops.registry import REFERENCE, order_outside, watch
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -43,6 +44,21 @@ class Footprint:
     def needed(self) -> int:
         """What has to be free."""
         return self.kept + max(self.text, self.encode, self.denoise, self.decode)
+
+
+def surely_fits(
+    request: Request, components: Components, dtype: torch.dtype, weights: int, free: int
+) -> bool:
+    """Whether a request fits beyond doubt, so that no estimate is needed. `weights`: their bytes.
+
+    No stage takes more for an image than its decode in one piece, packed weights apart. Where the latents are
+    pixels, steps do.
+    """
+    config = components.vae.config
+    if isinstance(config, PixelConfig):
+        return False
+    whole = peak_bytes(config, request.height, request.width, dtype.itemsize, None) * request.count
+    return 4 * whole + 2 * weights <= free
 
 
 def of(
@@ -140,8 +156,8 @@ class Counter(TorchDispatchMode):
         self.kept = self._alive = self._peak = 0
         self._seen: set[int] = set()  # storages
         self._weights: dict[int, Tensor] = {}  # the real weight, by the storage of its double
-        self._kernels = order_in_force()[0] != REFERENCE
-        self._packs = "cpp" in order_in_force()
+        self._kernels = order_outside()[0] != REFERENCE
+        self._packs = "cpp" in order_outside()
         self._packed = packed_weights() if self._packs else set()
 
     def on_meta(self, network: Network) -> Network:

@@ -25,7 +25,7 @@ from fastldm.lora import MergedLoras
 from fastldm.models.layers import channels_last
 from fastldm.models.text import TextConditioner, TextEmbeddings
 from fastldm.models.unet import UNetCondition
-from fastldm.models.vae_strips import decode, peak_bytes
+from fastldm.models.vae_strips import decode
 from fastldm.result import Clock, Result
 from fastldm.runtime.graphs import CudaRecorder, Graphs
 from fastldm.runtime.memory import TensorCache, available_bytes, out_of_memory, to_device, visiting
@@ -154,10 +154,9 @@ class Pipeline:
             return footprint.of(request, self.components, self.dtype, together, self._visiting is not None)
 
     def _refuse_what_does_not_fit(self, request: Request) -> None:
-        free, vae = available_bytes(self.device), self.components.vae.config
-        whole = peak_bytes(vae, request.height, request.width, self.dtype.itemsize, None) * request.count
-        if 4 * whole + 2 * self._weights.nbytes <= free:
-            return  # no stage takes more for an image than its decode in one piece, packed weights apart
+        free = available_bytes(self.device)
+        if footprint.surely_fits(request, self.components, self.dtype, self._weights.nbytes, free):
+            return
         if (needed := self.footprint(request).needed) > free:
             sizes = f"{needed / 2**30:.1f} GiB are needed, {free / 2**30:.1f} GiB are free"
             raise OutOfMemory(f"{request.count} images of {request.width}x{request.height}: {sizes}")

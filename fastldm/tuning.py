@@ -17,10 +17,10 @@ from fastldm.checkpoint.load import open_source
 from fastldm.checkpoint.networks import build
 from fastldm.errors import BackendUnavailable, InvalidArgument
 from fastldm.models.layers import channels_last
+from fastldm.models.pixels import Autoencoder
 from fastldm.models.unet import UNet, UNetCondition
 from fastldm.models.vae import AutoencoderKL
 from fastldm.models.vae_strips import decode
-from fastldm.models.vq import VQModel
 from fastldm.ops import missing
 from fastldm.ops.recording import Call, recording
 from fastldm.presets import PRESETS
@@ -39,7 +39,7 @@ def calls_of(model: str, dtype: torch.dtype) -> list[Call]:
     on the meta device.
     """
     with torch.device("meta"), torch.no_grad():
-        vae: AutoencoderKL | VQModel
+        vae: Autoencoder
         if model in PRESETS:
             unet, vae = UNet(PRESETS[model].unet), AutoencoderKL(PRESETS[model].vae)
         else:

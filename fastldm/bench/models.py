@@ -21,6 +21,7 @@ from fastldm.checkpoint.tensors import payload
 from fastldm.errors import InvalidArgument
 from fastldm.models.clip import CLIPTextModel
 from fastldm.models.hints import hint_channels
+from fastldm.models.pixels import PIXELS
 from fastldm.models.tokenizer import Tokenizer
 from fastldm.models.unet import UNet, UNetConfig
 from fastldm.models.vae import AutoencoderKL, VAEConfig
@@ -37,6 +38,8 @@ def open_model(name: str, dtype: torch.dtype, workshop: Path) -> Model:
         if not folder.is_dir():
             folder = convert(folder, workshop / "model")
         inspect(folder)
+        if read(folder / "vae").get("_class_name") == PIXELS:
+            raise InvalidArgument("model", name, "a model with an autoencoder")
     model = Model.of(name, folder)
     if model.in_channels == model.latent_channels + hint_channels(model.latent_channels):
         model = Model.of(name, without_hints(folder, workshop / "without hints"))

@@ -16,11 +16,12 @@ from fastldm.checkpoint.pickles import open_weights
 from fastldm.checkpoint.rename import modern_text_key, modern_vae_key
 from fastldm.checkpoint.source import PARTS, Part, Skipped, Source, as_matrix
 from fastldm.errors import CheckpointError
+from fastldm.models.pixels import PIXELS
 
 INDEX = "model_index.json"
 CLASSES = {
     "unet": ("UNet2DConditionModel", "UNet2DModel"),
-    "vae": ("AutoencoderKL", "VQModel"),
+    "vae": ("AutoencoderKL", "VQModel", PIXELS),
     "text_encoder": ("CLIPTextModel", "CLIPTextModelWithProjection", "LDMBertModel"),
     "class_embedder": ("ClassEmbedder",),
     "rescaler": ("SpatialRescaler",),
@@ -46,7 +47,10 @@ def open_folder(path: Path, overrides: Mapping[str, Any], allow_pickle: bool = F
     for name in present:
         config_file = path / name / "config.json"
         config = overlay(read_json(config_file), overrides.get(name))
-        weight_file, shards = _weight_files(path / name, overrides.get("variant"), allow_pickle)
+        weight_file: Path = config_file
+        shards: list[WeightFile] = []
+        if config.get("_class_name") != PIXELS:
+            weight_file, shards = _weight_files(path / name, overrides.get("variant"), allow_pickle)
         parts[name] = Part(config, config_file, weight_file, _tensors(name, shards, skipped), lambda key: key)
         files += shards
     scheduler_file = path / "scheduler" / "scheduler_config.json"

@@ -26,10 +26,9 @@ from fastldm.errors import CheckpointError, InvalidArgument
 from fastldm.models.bert import BERTModel
 from fastldm.models.clip import CLIPTextModel
 from fastldm.models.conditioners import ClassEmbedder, SpatialRescaler
+from fastldm.models.pixels import Autoencoder
 from fastldm.models.tokenizer import Tokenizer
 from fastldm.models.unet import UNet
-from fastldm.models.vae import AutoencoderKL
-from fastldm.models.vq import VQModel
 
 PAD_ID = {"sd1": 49407, "sd2": 0}
 
@@ -42,7 +41,7 @@ class Components:
 
     family: str
     unet: UNet
-    vae: AutoencoderKL | VQModel
+    vae: Autoencoder
     text_encoder: CLIPTextModel | BERTModel | None
     tokenizer: Tokenizer | None  # None beside a text encoder: it reads layouts
     scheduler: SchedulerConfig

@@ -22,6 +22,7 @@ from fastldm.models.conditioners import (
     SpatialRescaler,
 )
 from fastldm.models.hints import hint_channels
+from fastldm.models.pixels import PIXELS, Autoencoder, PixelAutoencoder, PixelConfig
 from fastldm.models.unet import UNet, UNetConfig
 from fastldm.models.vae import AutoencoderKL, VAEConfig
 from fastldm.models.vq import VQConfig, VQModel
@@ -32,6 +33,10 @@ NETWORKS: dict[str, tuple[Any, Any]] = {
     "text_encoder": (CLIPTextConfig, CLIPTextModel),
     "class_embedder": (ClassEmbedderConfig, ClassEmbedder),
     "rescaler": (RescalerConfig, SpatialRescaler),
+}
+AUTOENCODERS: dict[str, tuple[Any, Any]] = {
+    "VQModel": (VQConfig, VQModel),
+    PIXELS: (PixelConfig, PixelAutoencoder),
 }
 
 
@@ -45,9 +50,9 @@ def read_network_config(part: str, fields: Mapping[str, Any], file: Path) -> Any
 
 
 def _classes(part: str, fields: Mapping[str, Any]) -> tuple[Any, Any]:
-    """The dataclass and the network of a component; autoencoders and text encoders are of two classes."""
-    if part == "vae" and fields.get("_class_name") == "VQModel":
-        return VQConfig, VQModel
+    """The dataclass and the network of a component; autoencoders and text encoders are of several classes."""
+    if part == "vae":
+        return AUTOENCODERS.get(str(fields.get("_class_name")), NETWORKS[part])
     if part == "text_encoder" and fields.get("model_type") == LDM_BERT:
         return BERTConfig, BERTModel
     return NETWORKS[part]
@@ -57,7 +62,7 @@ class Networks(NamedTuple):
     """The networks of a model: one that makes the UNet's context, or a map for it, or none."""
 
     unet: UNet
-    vae: AutoencoderKL | VQModel
+    vae: Autoencoder
     text_encoder: CLIPTextModel | BERTModel | None = None
     class_embedder: ClassEmbedder | None = None
     rescaler: SpatialRescaler | None = None

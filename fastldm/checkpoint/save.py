@@ -21,10 +21,9 @@ from fastldm.diffusion import SchedulerConfig
 from fastldm.models.bert import BERTModel
 from fastldm.models.clip import CLIPTextModel
 from fastldm.models.conditioners import ClassEmbedder, SpatialRescaler
+from fastldm.models.pixels import PIXELS, Autoencoder
 from fastldm.models.tokenizer import Tokenizer
 from fastldm.models.unet import UNet
-from fastldm.models.vae import AutoencoderKL
-from fastldm.models.vq import VQModel
 
 WEIGHTS = {
     "unet": "diffusion_pytorch_model.safetensors",
@@ -44,7 +43,7 @@ def save_folder(
     folder: str | os.PathLike[str],
     *,
     unet: UNet,
-    vae: AutoencoderKL | VQModel,
+    vae: Autoencoder,
     text_encoder: CLIPTextModel | BERTModel | None = None,
     class_embedder: ClassEmbedder | None = None,
     rescaler: SpatialRescaler | None = None,
@@ -86,15 +85,17 @@ def write_folder(
         for part, tensors in weights.items():
             (temporary / part).mkdir(parents=True)
             _write_json(temporary / part / "config.json", configs[part])
-            write_safetensors(temporary / part / WEIGHTS[part], tensors, {"format": "pt"})
+            if tensors:  # pixels need none
+                write_safetensors(temporary / part / WEIGHTS[part], tensors, {"format": "pt"})
         (temporary / "scheduler").mkdir()
         _write_json(temporary / "scheduler" / "scheduler_config.json", scheduler)
         family = family_of(configs)
+        autoencoder = configs["vae"]["_class_name"]
         index: dict[str, Any] = {
             "_class_name": PAPER_CLASS,
             "scheduler": ["diffusers", scheduler["_class_name"]],
             "unet": ["diffusers", configs["unet"]["_class_name"]],
-            "vae": ["diffusers", configs["vae"]["_class_name"]],
+            "vae": ["fastldm" if autoencoder == PIXELS else "diffusers", autoencoder],
             **{part: PAPER_CLASSES[part] for part in configs if part in PAPER_CLASSES},
         }
         if family.startswith("sd"):

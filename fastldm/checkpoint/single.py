@@ -28,6 +28,7 @@ from fastldm.checkpoint.rename import OPEN_CLIP, STAGES, Names, text_names, unet
 from fastldm.checkpoint.source import CONDITIONERS, PARTS, Part, Skipped, Source, as_matrix
 from fastldm.checkpoint.tensors import DTYPES, read_tensor
 from fastldm.errors import CheckpointError
+from fastldm.models.pixels import PixelConfig
 
 METADATA = "fastldm"  # where fastldm keeps configurations and tokenizer in the single files it writes
 TOKENIZER_FILES = (
@@ -92,6 +93,8 @@ def name_in_file(names: Names, key: str) -> str:
 def single_names(configs: Mapping[str, Mapping[str, Any]], stage: str, file: Path) -> dict[str, Names]:
     """The renaming table of each network, of which the text encoder is kept under `stage`."""
     known = {part: read_network_config(part, configs[part], file) for part in PARTS}
+    if isinstance(known["vae"], PixelConfig):
+        raise CheckpointError(file, "vae", "is that of a model of pixels, which no single file can hold")
     return {
         "unet": unet_names(known["unet"]),
         "vae": vae_names(known["vae"].to_dict()),

@@ -160,11 +160,16 @@ def order_in_force() -> tuple[str, ...]:
 order_in_force._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 Watcher = Callable[..., Any]
-_watching: ContextVar[Watcher] = ContextVar("fastldm_watcher")
+_watching: ContextVar[tuple[Watcher, tuple[str, ...]]] = ContextVar("fastldm_watcher")
 
 
 def _watcher() -> Watcher:
-    return _watching.get()
+    return _watching.get()[0]
+
+
+def order_outside() -> tuple[str, ...]:
+    """The order in force; of a block in which calls are watched, that outside it."""
+    return order_in_force() or _watching.get()[1]
 
 
 @contextlib.contextmanager
@@ -186,13 +191,13 @@ def watch(watcher: Watcher) -> Iterator[None]:
     The watcher runs with the order of backends in force outside the block, so it may call the op itself.
     An empty order stands for being watched: calls that nobody watches pay nothing for it.
     """
-    order = order_in_force()
+    order = order_outside()
 
     def unwatched(op: Op[..., Any], *args: Any, **kwargs: Any) -> Any:
         with use_backends(order):
             return watcher(op, *args, **kwargs)
 
-    watching, chosen = _watching.set(unwatched), _chosen.set(())
+    watching, chosen = _watching.set((unwatched, order)), _chosen.set(())
     try:
         yield
     finally:

@@ -11,8 +11,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from fastldm.models.vae import AutoencoderKL
-from fastldm.models.vq import VQModel
+from fastldm.models.pixels import Autoencoder
 from fastldm.runtime.memory import to_device, to_host
 from fastldm.tasks.beside import Beside
 
@@ -48,7 +47,7 @@ class Given(Protocol):
 class Pictures:
     """The picture, mask and map of a request as the networks of a model take them, and its images."""
 
-    def __init__(self, vae: AutoencoderKL | VQModel, kind: Beside | None, device: torch.device) -> None:
+    def __init__(self, vae: Autoencoder, kind: Beside | None, device: torch.device) -> None:
         self.vae, self.kind, self.device = vae, kind, device
 
     def clean(self, request: Given, images: range, draws: Sequence[Draw]) -> Tensor:
@@ -113,13 +112,13 @@ class Pictures:
         return to_device(torch.from_numpy(chosen), self.device)
 
 
-def encode(vae: AutoencoderKL | VQModel, pictures: Tensor, draws: Sequence[Draw] | None = None) -> Tensor:
+def encode(vae: Autoencoder, pictures: Tensor, draws: Sequence[Draw] | None = None) -> Tensor:
     """Pictures [n, 3, H, W] in −1…1 → scaled latents [n, C, h, w] float32, each encoded alone.
 
     With `draws`, one a picture, each is drawn from its posterior; else it is the posterior's mean.
     """
     config = vae.config
-    dtype = next(vae.parameters()).dtype
+    dtype = next((weight.dtype for weight in vae.parameters()), pictures.dtype)
     found = []
     for i in range(len(pictures)):
         posterior = vae.encode(pictures[i : i + 1].to(dtype))

@@ -4,15 +4,14 @@ appendix G)
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastldm.errors import CheckpointError
 from fastldm.models.layers import Conv2d, channels_last
+from fastldm.models.pixels import Autoencoder
 from fastldm.models.vae import AutoencoderKL, DiagonalGaussian, PointMass, VAEConfig
 from fastldm.models.vq import VQConfig, VQModel
 from fastldm.scenes import KINDS
@@ -120,24 +119,17 @@ class AutoencoderLoss:
 
 
 @torch.inference_mode()
-def encode_all(vae: AutoencoderKL | VQModel, images: Tensor, batch: int = 32) -> tuple[Tensor, Tensor]:
+def encode_all(vae: Autoencoder, images: Tensor, batch: int = 32) -> tuple[Tensor, Tensor]:
     """Posterior means and standard deviations of pictures uint8 [N, H, W, 3], unscaled: float32 [N, C, h, w]
     each, on the CPU.
     """
-    device = next(vae.parameters()).device
+    device = next((weight.device for weight in vae.parameters()), images.device)
     means, deviations = [], []
     for part in images.split(batch):
         posterior = vae.encode(to_model(part.to(device)))
         means.append(posterior.mean.contiguous().cpu())
         deviations.append(posterior.std.contiguous().cpu())
     return torch.cat(means), torch.cat(deviations)
-
-
-def check_cached(file: Path, latents: Tensor, data: PictureData) -> None:
-    """CheckpointError where a file's latents are of more or fewer pictures than there are now."""
-    if len(latents) != len(data.images):
-        why = f"holds latents of {len(latents)} pictures, and there are {len(data.images)}; remove it"
-        raise CheckpointError(file, None, why)
 
 
 def new_autoencoder(section: AutoencoderSection) -> AutoencoderKL | VQModel:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import sys
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +32,10 @@ MAX_RANK = 4096
 class AutoencoderSection:
     """The autoencoder: its shape, and its optimisation on crops, then on whole pictures at the end."""
 
-    block_out_channels: tuple[int, ...]
-    latent_channels: int
+    block_out_channels: tuple[int, ...] = ()
+    latent_channels: int = 0
     fit: FitSettings | None = None  # None: it stays as the model was that a run starts from
-    kind: str = "kl"  # or vq, with a codebook
+    kind: str = "kl"  # or vq, with a codebook; or pixels, which are their own latents: nothing else is given
     codes: int = 1024  # entries of the codebook
     layers_per_block: int = 1
     norm_num_groups: int = 8
@@ -54,7 +54,13 @@ class AutoencoderSection:
 
     def __post_init__(self) -> None:
         """InvalidArgument for choices that contradict each other."""
-        choice("autoencoder.kind", self.kind, ("kl", "vq"))
+        choice("autoencoder.kind", self.kind, ("kl", "vq", "pixels"))
+        for field in fields(self):
+            given, name = getattr(self, field.name), f"autoencoder.{field.name}"
+            if self.of_pixels and field.name != "kind" and given != field.default:
+                raise InvalidArgument(name, given, "absent where kind is pixels")
+            if not self.of_pixels and field.name in ("block_out_channels", "latent_channels") and not given:
+                raise InvalidArgument(name, given, f"required: {field.type}")
         if self.codes < 1:
             raise InvalidArgument("autoencoder.codes", self.codes, "at least 1")
         levels = len(self.block_out_channels)
@@ -66,6 +72,16 @@ class AutoencoderSection:
             raise InvalidArgument("autoencoder.lpips", str(self.lpips), "absent without perceptual")
         if self.decoder is not None and self.adversary is not None:
             raise InvalidArgument("autoencoder.decoder", "a section", "absent with an adversary")
+
+    @property
+    def of_pixels(self) -> bool:
+        """Whether the diffusion model learns pixels."""
+        return self.kind == "pixels"
+
+    @property
+    def factor(self) -> int:
+        """Pixels along a side of one latent."""
+        return 1 if self.of_pixels else 2 ** (len(self.block_out_channels) - 1)
 
 
 @dataclass(frozen=True)
@@ -158,10 +174,11 @@ class TrainConfig:
     def __post_init__(self) -> None:
         """InvalidArgument for choices that contradict each other."""
         choice("device", self.device, DEVICES)
-        if self.start is None and self.autoencoder.fit is None:
+        if self.start is None and self.autoencoder.fit is None and not self.autoencoder.of_pixels:
             raise InvalidArgument("autoencoder.fit", None, "a section, without a model to start from")
-        factor = 2 ** (len(self.autoencoder.block_out_channels) - 1)
-        multiple = factor * 2 ** (len(self.diffusion.block_out_channels) - 1)
+        if self.autoencoder.of_pixels and self.diffusion.reading:
+            raise InvalidArgument("diffusion.reading", self.diffusion.reading, "0 where kind is pixels")
+        multiple = self.autoencoder.factor * 2 ** (len(self.diffusion.block_out_channels) - 1)
         if self.side % multiple:
             raise InvalidArgument("side", self.side, f"a multiple of {multiple}, which the levels divide")
         levels = len(self.diffusion.block_out_channels)
@@ -179,6 +196,12 @@ class TrainConfig:
         ):
             if given:
                 raise InvalidArgument(name, given, "absent with data: only scenes tell what they show")
+
+    @property
+    def scheduler(self) -> SchedulerConfig:
+        """The process that the model is trained for and sampled by; pixels are held to their range."""
+        plain = self.diffusion.scheduler
+        return replace(plain, clip_sample=True) if self.autoencoder.of_pixels else plain
 
 
 @dataclass(frozen=True)

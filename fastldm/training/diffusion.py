@@ -19,6 +19,7 @@ from fastldm.models.tokenizer import Tokenizer
 from fastldm.models.unet import UNet, UNetConfig
 from fastldm.scenes import COLOURS, KINDS
 from fastldm.training.data import PictureData, SceneData, share_loss
+from fastldm.training.latents import Learned
 from fastldm.training.session import Session
 from fastldm.training.text import token_ids, without_some
 
@@ -94,32 +95,29 @@ def new_unet(session: Session, latent_channels: int, context_width: int, side: i
 def train_diffusion(
     session: Session,
     data: PictureData,
-    latents: tuple[Tensor, Tensor],
+    latents: Learned,
     hints: Tensor,
     tokenizer: Tokenizer,
     model: TextToLatents,
     sample: Callable[[int], None],
 ) -> None:
-    """Train from the seed, or resume, on scaled latents, posterior means and deviations [N, C, h, w], and the
-    hints of the first of them [n, C + 4, h, w].
-    """
+    """Train from the seed, or resume, on latents and the hints of the first of them [n, C + 4, h, w]."""
     section, device = session.config.diffusion, session.device
-    means, deviations = latents
-    criterion = Criterion(section.objective, section.scheduler)
+    criterion = Criterion(section.objective, session.config.scheduler)
     reading, cells = None, torch.empty(0)
     if section.reading and isinstance(data, SceneData):
         reading = Reading(model).to(device)
-        cells = data.cells(data.images.shape[1] // means.shape[-1])
+        cells = data.cells(data.images.shape[1] // latents.side)
 
     def loss(step: int, generator: torch.Generator) -> Tensor:
         batch = section.fit.batch
-        rows = torch.randint(len(means), (batch,), generator=generator)
+        rows = torch.randint(len(latents), (batch,), generator=generator)
         hinted = torch.rand(batch, generator=generator) < section.hinted
         rows = torch.where(hinted, rows % len(hints), rows)
         hint = hints[rows % len(hints)] * hinted[:, None, None, None]
         texts = [text for text, _ in data.captions(rows.tolist(), generator)]
         texts = without_some(texts, section.caption_dropout, generator)
-        clean = means[rows] + deviations[rows] * torch.randn(means[rows].shape, generator=generator)
+        clean = latents.draw(rows, generator)
         ids = token_ids(tokenizer, texts).to(device)
         error = criterion(model, clean.to(device), ids, hint.to(device), generator=generator).mean()
         if reading is None:

@@ -12,10 +12,10 @@ from fastldm.checkpoint import Components, load_components
 from fastldm.errors import InvalidArgument
 from fastldm.models.layers import channels_last
 from fastldm.scenes import IMAGE_SIZE
-from fastldm.training.autoencoder import check_cached, encode_all
 from fastldm.training.config import LoraConfig
 from fastldm.training.data import PictureData, SceneData
 from fastldm.training.folder import FolderData
+from fastldm.training.latents import cached_latents
 from fastldm.training.lora import LoraModel, fit_lora
 from fastldm.training.parallel import joined, local_device
 from fastldm.training.samples import PROMPTS, SHOWN, draw_samples
@@ -39,21 +39,17 @@ def learn_lora(config: LoraConfig, report: Callable[[str], None] = print, strict
         channels_last(components.unet)
         model = LoraModel(components, config.lora, config.seed)
         data = _pictures(config, components, strict, say)
-        cache = config.folder / "latents.pt"
-        means, deviations = workers.kept(cache, lambda: encode_all(vae, data.images))
-        check_cached(cache, means, data)
-        scale, shift = vae.config.scaling_factor, vae.config.shift_factor
+        latents = cached_latents(workers, config.folder, vae, data.images)
         prompts = data.texts[:SHOWN] if isinstance(data, FolderData) else PROMPTS
 
         def draw(generator: torch.Generator) -> tuple[Tensor, list[str]]:
-            rows = torch.randint(len(means), (config.lora.fit.batch,), generator=generator)
+            rows = torch.randint(len(latents), (config.lora.fit.batch,), generator=generator)
             texts = [text for text, _ in data.captions(rows.tolist(), generator)]
-            clean = means[rows] + deviations[rows] * torch.randn(means[rows].shape, generator=generator)
-            return (clean - shift) * scale, texts
+            return latents.draw(rows, generator), texts
 
         def sample(step: int) -> None:
             file = config.folder / f"samples-{step}.png"
-            draw_samples(file, vae, model, scheduler, components.text[0], prompts, means.shape[-1])
+            draw_samples(file, vae, model, scheduler, components.text[0], prompts, latents.side)
 
         fit_lora(
             model,

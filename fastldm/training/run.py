@@ -7,25 +7,26 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
 
 from fastldm.abilities import Abilities
 from fastldm.checkpoint import load_components, save_folder
+from fastldm.errors import InvalidArgument
 from fastldm.models.layers import channels_last
+from fastldm.models.pixels import Autoencoder, PixelAutoencoder, PixelConfig
 from fastldm.models.tokenizer import Tokenizer
 from fastldm.models.vae import AutoencoderKL
 from fastldm.models.vq import VQModel
 from fastldm.scenes import KINDS, VOCABULARY
-from fastldm.training.autoencoder import check_cached, encode_all, train_autoencoder, train_decoder
+from fastldm.training.autoencoder import train_autoencoder, train_decoder
 from fastldm.training.config import DiffusionSection, JudgeConfig, LoraConfig, TrainConfig, read_config
 from fastldm.training.data import PictureData, SceneData
 from fastldm.training.diffusion import TextToLatents, new_unet, train_diffusion
 from fastldm.training.folder import FolderData
-from fastldm.training.hints import UPSCALING, make_hints
+from fastldm.training.hints import UPSCALING
 from fastldm.training.judge import train_judge
+from fastldm.training.latents import latents_and_hints
 from fastldm.training.lora_run import learn_lora
 from fastldm.training.parallel import joined, local_device
 from fastldm.training.reconstruction import reconstruction_report
@@ -34,7 +35,6 @@ from fastldm.training.session import Session
 from fastldm.training.text import new_text_encoder, train_text_encoder
 
 JUDGED = 100  # pictures that the autoencoder is measured on
-LATENTS = "latents.pt"
 
 
 def main(config_file: str | Path, report: Callable[[str], None] = print, strict: bool = False) -> Path:
@@ -69,12 +69,12 @@ def _train(config: TrainConfig, report: Callable[[str], None], strict: bool) -> 
         if folder is None:
             session.say(f"drawing {section.pictures} pictures to learn")
         data = folder or SceneData.draw(section.pictures, config.seed + 2, section.stage)
-        latents, hints = scaled_latents(session, vae, data)
+        latents, hints = latents_and_hints(session, vae, data)
         prompts = PROMPTS if folder is None else folder.texts[:SHOWN]
 
         def sample(step: int) -> None:
             file = config.folder / f"samples-{step}.png"
-            draw_samples(file, vae, model, section.scheduler, tokenizer, prompts, latents[0].shape[-1])
+            draw_samples(file, vae, model, config.scheduler, tokenizer, prompts, latents.side)
 
         train_diffusion(session, data, latents, hints, tokenizer, model, sample)
         if workers.leads:
@@ -84,7 +84,7 @@ def _train(config: TrainConfig, report: Callable[[str], None], strict: bool) -> 
                 vae=vae,
                 text_encoder=model.text_encoder,
                 tokenizer=tokenizer,
-                scheduler=section.scheduler,
+                scheduler=config.scheduler,
                 dtype=torch.bfloat16,
                 abilities=abilities(data, section),
             )
@@ -111,20 +111,25 @@ def abilities(data: PictureData, section: DiffusionSection) -> Abilities:
     )
 
 
-def first_stages(
-    session: Session, folder: FolderData | None
-) -> tuple[AutoencoderKL | VQModel, Tokenizer, TextToLatents]:
+def first_stages(session: Session, folder: FolderData | None) -> tuple[Autoencoder, Tokenizer, TextToLatents]:
     """The autoencoder and the text encoder, trained or resumed, and a UNet that starts from nothing; or all
     from the model folder that the configuration starts from, the autoencoder trained on if it says so.
+
+    A model of pixels has an autoencoder that does nothing. InvalidArgument for one that starts from latents,
+    or the other way round.
     """
     config = session.config
     section = config.autoencoder
+    vae: Autoencoder
     if config.start is not None:
         given = load_components(config.start, device=session.device)
         tokenizer, text_encoder = given.text
         model = TextToLatents(channels_last(given.unet), text_encoder).requires_grad_(True)
         vae = channels_last(given.vae).requires_grad_(True)
-        if section.fit is not None or section.decoder is not None:
+        if isinstance(vae, PixelAutoencoder) != section.of_pixels:
+            allowed = f"{'kl or vq' if section.of_pixels else 'pixels'}, as in {config.start}"
+            raise InvalidArgument("autoencoder.kind", section.kind, allowed)
+        if not isinstance(vae, PixelAutoencoder) and (section.fit or section.decoder):
             _train_autoencoder(session, folder, _pictures(session, folder), vae)
         return vae, tokenizer, model
     data = _pictures(session, folder)
@@ -132,7 +137,9 @@ def first_stages(
     text_encoder = new_text_encoder(session, tokenizer)
     if isinstance(data, SceneData):
         train_text_encoder(session, tokenizer, text_encoder, data)
-    vae = _train_autoencoder(session, folder, data)
+    vae = PixelAutoencoder(PixelConfig())
+    if not section.of_pixels:
+        vae = _train_autoencoder(session, folder, data)
     side = data.images.shape[1] // vae.config.factor
     unet = new_unet(session, vae.config.latent_channels, text_encoder.config.hidden_size, side)
     return vae, tokenizer, TextToLatents(unet, text_encoder)
@@ -161,37 +168,3 @@ def _pictures(session: Session, folder: FolderData | None) -> PictureData:
     config = session.config
     session.say(f"drawing {config.pictures} pictures")
     return SceneData.draw(config.pictures, config.seed, config.stage)
-
-
-def scaled_latents(
-    session: Session, vae: AutoencoderKL | VQModel, data: PictureData
-) -> tuple[tuple[Tensor, Tensor], Tensor]:
-    """Posterior means and deviations of all pictures, scaled to zero mean and unit variance over all, and
-    hints for the first of them.
-
-    The config of an autoencoder that was trained here takes up the scale and shift. Kept in the run's folder,
-    where a resumed run finds them.
-    """
-    config = session.config
-
-    def make() -> dict[str, Any]:
-        means, deviations = encode_all(vae, data.images)
-        if config.autoencoder.fit is not None:
-            scale, shift = 1 / float(means.std()), float(means.mean())
-            vae.config = replace(vae.config, scaling_factor=scale, shift_factor=shift)
-        generator = torch.Generator().manual_seed(config.seed + 4)
-        count = min(config.diffusion.hints, len(data.images))
-        hints = make_hints(data, count, lambda images: _scaled(vae, encode_all(vae, images)[0]), generator)
-        scaling = {"scaling_factor": vae.config.scaling_factor, "shift_factor": vae.config.shift_factor}
-        latents = _scaled(vae, means), deviations * vae.config.scaling_factor
-        return {**scaling, "latents": latents, "hints": hints}
-
-    kept = session.workers.kept(config.folder / LATENTS, make)
-    latents, hints = kept.pop("latents"), kept.pop("hints")
-    check_cached(config.folder / LATENTS, latents[0], data)
-    vae.config = replace(vae.config, **kept)
-    return latents, hints
-
-
-def _scaled(vae: AutoencoderKL | VQModel, latents: Tensor) -> Tensor:
-    return (latents - vae.config.shift_factor) * vae.config.scaling_factor

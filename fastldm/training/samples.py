@@ -10,9 +10,8 @@ from torch import Tensor
 
 from fastldm.checkpoint.atomic import replacing
 from fastldm.diffusion import SchedulerConfig, build_table, sample
+from fastldm.models.pixels import Autoencoder
 from fastldm.models.tokenizer import Tokenizer
-from fastldm.models.vae import AutoencoderKL
-from fastldm.models.vq import VQModel
 from fastldm.scenes import contact_sheet
 from fastldm.training.diffusion import TextToLatents
 from fastldm.training.lora import LoraModel
@@ -59,7 +58,7 @@ def sample_latents(
 @torch.no_grad()
 def draw_samples(
     file: Path,
-    vae: AutoencoderKL | VQModel,
+    vae: Autoencoder,
     model: TextToLatents | LoraModel,
     scheduler: SchedulerConfig,
     tokenizer: Tokenizer,

@@ -111,7 +111,7 @@ def test_without_data_it_learns_from_scenes(config: Path, tmp_path: Path) -> Non
     said: list[str] = []
     assert run.main(config, said.append) == tmp_path / "lora"
     assert said[0] == "drawing 3 pictures"
-    means, deviations = torch.load(tmp_path / "run" / "latents.pt", weights_only=True)
+    means, deviations = torch.load(tmp_path / "run" / "latents.pt", weights_only=True)["latents"]
     assert means.shape == deviations.shape == (3, 4, 64, 64)
 
 
