@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from fastldm.checkpoint.lora import Lora, merged, read_lora
+from fastldm.checkpoint.lora import Lora, merge, read_lora
 from fastldm.checkpoint.lora_names import adaptable
 from fastldm.checks import number
 from fastldm.errors import CheckpointError
@@ -75,14 +75,8 @@ class MergedLoras:
         if original is None:
             original = self._originals[name] = weight.detach().to("cpu", copy=True)
         changes = [(lora.changes[name], strength) for lora, strength in loras if name in lora.changes]
-        if changes:
-            weight.copy_(_finite(merged(original.to(weight.device), changes), name, loras))
-        else:
+        if not changes:
             weight.copy_(original)
-
-
-def _finite(weight: Tensor, name: str, loras: tuple[Applied, ...]) -> Tensor:
-    if not torch.isfinite(weight.sum(dtype=torch.float32)):  # Inf and NaN outlast a sum
-        why = f"the merged weight overflows {weight.dtype}; a smaller weight= or another dtype may fit"
-        raise CheckpointError(loras[-1][0].path, name, why)
-    return weight
+        elif not merge(weight, original, changes):
+            why = f"the merged weight overflows {weight.dtype}; a smaller weight= or another dtype may fit"
+            raise CheckpointError(loras[-1][0].path, name, why)

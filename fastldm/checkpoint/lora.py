@@ -29,6 +29,7 @@ from fastldm.checkpoint.lora_names import PEFT, Spellings
 from fastldm.checkpoint.tensors import DTYPES, payload, read_tensor
 from fastldm.errors import CheckpointError, InvalidArgument
 
+BLOCK = 1 << 20  # numbers of a weight that are added up at a time
 DIFFUSERS_FILE, PEFT_FILE = "pytorch_lora_weights.safetensors", "adapter_model.safetensors"
 
 
@@ -50,18 +51,32 @@ class Lora:
     changes: Mapping[str, LowRank]
 
 
-def merged(weight: Tensor, changes: Iterable[tuple[LowRank, float]]) -> Tensor:
-    """weight + Σ strength · scale · up · down: added up in float32, rounded once to the weight's dtype."""
-    form, order = torch.contiguous_format, [0, 1]
-    if weight.dim() == 4:  # rows of a convolution in the order in which models keep them
-        form, order = torch.channels_last, [0, 2, 3, 1]
-    total = weight.to(torch.float32, copy=True, memory_format=form)
-    rows = total.permute(order).view(len(total), -1)
+def merge(weight: Tensor, original: Tensor, changes: Iterable[tuple[LowRank, float]]) -> bool:
+    """weight ← original + Σ strength · scale · up · down: added up in float32, rounded once to its dtype.
+    Returns whether all its numbers are finite.
+
+    Both in the same memory layout, channels-last or contiguous. On a CPU some rows at a time, which stay in
+    the caches: memory fresh from the system for a whole weight in float32 would cost more than the sum.
+    """
+    order = [0, 1]
+    if weight.dim() == 4:
+        order = [0, 1, 2, 3] if weight.is_contiguous() else [0, 2, 3, 1]
+    wanted, given = (each.permute(order).view(len(weight), -1) for each in (weight, original))
+    factors = []
     for change, strength in changes:
-        up, down = (factor.to(total.device, total.dtype) for factor in (change.up, change.down))
-        down = down.view(-1, *total.shape[1:]).permute(order).flatten(1)
-        rows.addmm_(up, down, alpha=strength * change.scale)
-    return total.to(weight.dtype)
+        down = change.down.view(-1, *weight.shape[1:]).permute(order).flatten(1)
+        up, down = (factor.to(weight.device, torch.float32) for factor in (change.up, down))
+        factors.append((up, down, strength * change.scale))
+    sums = []
+    rows = max(1, BLOCK // wanted.shape[1]) if weight.is_cpu else len(weight)
+    for start in range(0, len(weight), rows):
+        part = slice(start, start + rows)
+        total = given[part].to(weight.device, torch.float32, copy=True)
+        for up, down, scale in factors:
+            total.addmm_(up[part], down, alpha=scale)
+        wanted[part].copy_(total)
+        sums.append(wanted[part].sum(dtype=torch.float32))  # Inf and NaN outlast a sum
+    return bool(torch.isfinite(torch.stack(sums)).all())
 
 
 def read_lora(path: str | os.PathLike[str], networks: Mapping[str, nn.Module]) -> Lora:

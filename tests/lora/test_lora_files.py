@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import fastldm
-from fastldm.checkpoint.lora import merged, read_lora, write_lora
+from fastldm.checkpoint.lora import LowRank, merge, read_lora, write_lora
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "lora"
 FILES = [
@@ -106,6 +106,13 @@ def low_rank(down: Tensor, up: Tensor, scale: float) -> Tensor:
     return scale * torch.einsum("or,rihw->oihw", up.double()[:, :, 0, 0], down.double())
 
 
+def merged(weight: Tensor, changes: list[tuple[LowRank, float]]) -> Tensor:
+    """The weight with these changes, in its own layout."""
+    made = torch.full_like(weight, torch.nan)
+    assert merge(made, weight, changes)
+    return made
+
+
 def assert_adds(got: Tensor, weight: Tensor, delta: Tensor) -> None:
     """got = weight + delta, with the error of one sum in float32 and one rounding to its dtype."""
     want = weight.double() + delta
@@ -128,6 +135,28 @@ def test_every_spelling_of_every_kind_of_module(
         weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
         got = merged(weight, [(lora.changes[module], -0.7)])
         assert_adds(got, weight, low_rank(*factors(shape), -0.7))
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_rows_at_a_time_are_the_whole(
+    monkeypatch: pytest.MonkeyPatch, layout: torch.memory_format, dtype: torch.dtype
+) -> None:
+    """Blocks of 3 rows of 7, of two changes; an overflow in the last row alone is told."""
+    generator = torch.Generator().manual_seed(2)
+    shape = (7, 5, 3, 3)
+    weight = torch.randn(shape, generator=generator).to(dtype, memory_format=layout)
+    changes, delta = [], torch.zeros(shape, dtype=torch.float64)
+    for strength in (0.7, -0.2):
+        down, up = (torch.randn(size, generator=generator) for size in ((2, 45), (7, 2)))
+        changes.append((LowRank(down, up, 1.5), strength))
+        delta += 1.5 * strength * (up.double() @ down.double()).view(shape)
+    monkeypatch.setattr("fastldm.checkpoint.lora.BLOCK", 3 * 45)
+    got = merged(weight, changes)
+    assert got.stride() == weight.stride()
+    assert_adds(got, weight, delta)
+    changes[0][0].up[-1] = 1e38
+    assert not merge(got, weight, changes)
 
 
 def test_names_without_text_model_and_with_original_block_numbers(
