@@ -17,7 +17,7 @@ from fastldm import checks
 from fastldm.bench import machine
 from fastldm.bench.reproduction import cells
 from fastldm.bench.reproduction.cells import Cell, Results
-from fastldm.bench.reproduction.lab import Lab, OutOfTime
+from fastldm.bench.reproduction.lab import NAMED_FROM, Lab, OutOfTime
 from fastldm.bench.reproduction.plot import draw
 from fastldm.bench.reproduction.settings import Settings
 from fastldm.bench.reproduction.statistics import MOST_SEEDS
@@ -64,7 +64,7 @@ def run(
         results = Results.open(file, SETTINGS.digest(), judge_hash(judge) if known else "")
         print(estimated(wanted, results))
         return
-    reader = Judge.load(judge)
+    reader = Judge.load(judge, NAMED_FROM)
     results = Results.open(file, SETTINGS.digest(), judge_hash(judge))
     lab = Lab(SETTINGS, WORKSHOP, reader, results.judge, _say, time.monotonic() + deadline)
     failed: list[str] = []

@@ -29,6 +29,7 @@ from fastldm.training.reconstruction import given_back, psnr, to_pixels
 
 KL_WEIGHT = 1e-6
 SAVES = 20  # of a training run
+NAMED_FROM = 0.6  # chance from which a kind counts as read; kept rows are of it
 _RENDERS = 100
 
 
