@@ -1,8 +1,8 @@
 """Flash attention: one pass over the keys for each block of queries; up to 128 keys in one tile.
 
 The head dim is cut into power-of-two pieces of 16 columns or more (40 = 32 + 16 with 8 of them masked,
-80 = 64 + 16, 160 = 128 + 32), since a padded one would cost up to 1.6 times the work; 112 is one of 128. A dim
-of 512 is walked in pieces of 128 for the scores, and a program makes 256 columns of the output.
+80 = 64 + 16, 160 = 128 + 32), since a padded one would cost up to 1.6 times the work; 112 is one of 128. A
+dim of 512 is walked in pieces of 128 for the scores, and a program makes 256 columns of the output.
 (Dao et al. 2022, arXiv:2205.14135; Milakov & Gimelshein 2018, arXiv:1805.02867)
 """
 
