@@ -66,7 +66,7 @@ def open_paper(file: WeightFile, overrides: Mapping[str, Any]) -> Source:
     names = paper_names({part: read_network_config(part, configs[part], path) for part in configs})
     skipped = Skipped()
     entries = _averaged(file, skipped, raw=overrides.get("variant") == RAW)
-    tensors = renamed(path, entries, names, skipped, partial(_unused, inferred))
+    tensors = renamed(path, entries, names, skipped, partial(_unused, file.entries))
     family = family_of(configs)
     scheduler = embedded.get("scheduler") or _scheduler(file, model)
     return Source(
@@ -137,12 +137,11 @@ def _conditioner(shapes: Shapes, vae: Mapping[str, Any], model: PaperModel | Non
     return {}
 
 
-def _unused(parts: Collection[str], key: str) -> str | None:
-    """The kind of a key that is in files of the paper and no network needs."""
+def _unused(keys: Collection[str], key: str) -> str | None:
+    """The kind of one of these keys that is in files of the paper and no network needs."""
     if key.startswith("cond_stage_model.transformer.to_logits."):
         return "to_logits"
-    again = key.replace("cond_stage_model.", "first_stage_model.", 1)
-    if again != key and not any(part in CONDITIONERS for part in parts):
+    if key.startswith(STAGES["text_encoder"]) and key.replace("cond", "first", 1) in keys:
         return "first_stage_again"  # an inpainting model's condition is encoded by its first stage
     return None
 
@@ -178,7 +177,10 @@ def _scheduler(file: WeightFile, model: PaperModel | None) -> dict[str, Any]:
     if len(entry.shape) != 1 or not 1 < entry.numel <= MAX_BETAS or entry.dtype not in DTYPES:
         why = f"is {entry.dtype} {list(entry.shape)}; expected 2 to {MAX_BETAS} numbers"
         raise CheckpointError(file.path, "betas", why)
-    return _with_betas(read_tensor(entry, torch.float64))
+    betas = read_tensor(entry, torch.float64)
+    if not 0 < betas.min() <= betas.max() < 1:
+        raise CheckpointError(file.path, "betas", "holds numbers that are not between 0 and 1")
+    return _with_betas(betas)
 
 
 def _with_betas(betas: torch.Tensor) -> dict[str, Any]:

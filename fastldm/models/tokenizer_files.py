@@ -16,6 +16,7 @@ from fastldm.errors import CheckpointError
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 CLIP_SPECIAL = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": END}
+BERT_SPECIAL = {"bos_token": "[CLS]", "eos_token": "[SEP]", "unk_token": "[UNK]", "pad_token": "[PAD]"}
 FLAGS = ("lstrip", "normalized", "rstrip", "single_word", "special")
 MAX_LENGTH = 77  # CLIP's, where a folder states none
 LARGEST_FILE = 64 << 20  # the largest tokenizer.json in use, Gemma's, has 34 MB
@@ -57,8 +58,9 @@ def folder_parts(folder: Path) -> Parts:
         raise CheckpointError(config_file, "tokenizer_class", f"is {kind!r}, but there is no tokenizer.json")
 
     named, numbered = _declared_tokens(folder, config)
-    if backend.token_to_id(START) is not None:
-        named = {name: AddedToken(text, special=True) for name, text in CLIP_SPECIAL.items()} | named
+    for usual in (CLIP_SPECIAL, BERT_SPECIAL):  # transformers takes them unless told otherwise
+        if backend.token_to_id(usual["bos_token"]) is not None:
+            named = {name: AddedToken(text, special=True) for name, text in usual.items()} | named
     known = {token.content for token in backend.get_added_tokens_decoder().values()}
     declared = [*(numbered[index] for index in sorted(numbered)), *named.values()]
     backend.add_tokens([token for token in declared if token.content not in known])  # the last of a text wins

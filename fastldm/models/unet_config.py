@@ -9,12 +9,9 @@ from typing import Any
 from fastldm.errors import CheckpointError
 from fastldm.models.config import per_level, read_config
 
-UNCONDITIONAL = (
-    "UNet2DModel"  # of diffusers: attention over the map alone; there `attention_head_dim` is that
-)
-CONDITIONAL = (
-    "UNet2DConditionModel"  # here it means the number of heads, unless `num_attention_heads` is given
-)
+# The classes of diffusers. In the first, with attention over the map alone, `attention_head_dim` is what it
+# says; in the second it means the number of heads. `num_attention_heads` means that in both.
+UNCONDITIONAL, CONDITIONAL = "UNet2DModel", "UNet2DConditionModel"
 # What each class takes for fields that a file does not have.
 _DEFAULTS: dict[str, dict[str, Any]] = {
     CONDITIONAL: {
@@ -194,7 +191,7 @@ def _unconditional(fields: Mapping[str, Any], levels: int, file: str) -> _Attent
     if of_attention != groups and (of_attention or fields.get("resnet_time_scale_shift") == "scale_shift"):
         why = f"is {of_attention!r:.80}; fastldm supports {groups!r:.80}"
         raise CheckpointError(file, "attn_norm_num_groups", why)
-    heads = _heads_of_dims(fields, levels, file)
+    heads = per_level(fields, "num_attention_heads", levels, file) or _heads_of_dims(fields, levels, file)
     return down, up, (1,) * levels, {"heads": heads, "mid_depth": 1, "cross_attention_dim": None}
 
 

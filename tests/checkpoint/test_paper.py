@@ -104,7 +104,7 @@ def test_what_the_recorded_file_tells(whole: tuple[Any, Path]) -> None:
     assert info.parameters["unet"] == unet and info.parameters["class_embedder"] == 11 * 20
     averaged = len(model.unet.state_dict())
     assert info.skipped == {"not_averaged": averaged, "schedule": 12, "model_ema": 2}
-    stated = {"unet": {"attention_head_dim": [1, 1]}, "class_embedder": {"null_class": False}}
+    stated = {"unet": {"num_attention_heads": [1, 1]}, "class_embedder": {"null_class": False}}
     told = load_components(file, config=stated)
     assert told.warnings == () and told.abilities.classes == 11 and not told.abilities.guides
 
@@ -135,7 +135,7 @@ def test_betas_that_are_no_known_line_are_kept(whole: tuple[Any, Path], tmp_path
     scheduler = load_components(tmp_path / "a.safetensors").scheduler
     assert scheduler.trained_betas is not None
     assert torch.equal(torch.tensor(scheduler.trained_betas), betas)
-    for wrong in (betas[:1], betas[None], torch.arange(1000)):
+    for wrong in (betas[:1], betas[None], torch.arange(1000), -betas, 100 * betas):
         save_file({**tensors, "betas": wrong.contiguous()}, tmp_path / "a.safetensors")
         with pytest.raises(CheckpointError, match="betas"):
             load_components(tmp_path / "a.safetensors")
@@ -321,11 +321,11 @@ def test_missing_and_surplus_tensors_are_named(tiny: Any, tmp_path: Path) -> Non
         save_file({k: t for k, t in tensors.items() if k != key}, tmp_path / "a.safetensors")
         with pytest.raises(CheckpointError):
             load_components(tmp_path / "a.safetensors", **options(family))
-    surplus = "model.diffusion_model.surprise.weight"
-    save_file({**tensors, surplus: torch.zeros(1)}, tmp_path / "a.safetensors")
-    with pytest.raises(CheckpointError) as caught:
-        load_components(tmp_path / "a.safetensors", **options(family))
-    assert caught.value.key == surplus
+    for surplus in ("model.diffusion_model.surprise.weight", "cond_stage_model.surprise"):
+        save_file({**tensors, surplus: torch.zeros(1)}, tmp_path / "a.safetensors")
+        with pytest.raises(CheckpointError) as caught:
+            load_components(tmp_path / "a.safetensors", **options(family))
+        assert caught.value.key == surplus
 
 
 @pytest.mark.parametrize("tiny", ["ldm-text"], indirect=True)

@@ -183,3 +183,20 @@ def test_mutated_files_are_refused_or_usable(words: Path) -> None:
         except CheckpointError:
             refused += 1
     assert 200 < refused < 400
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_a_folder_of_bert_equals_transformers(tmp_path: Path, told: bool) -> None:
+    """As that of bert-base-uncased, which latent diffusion's text models read with."""
+    transformers = pytest.importorskip("transformers")
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "cat", "##s", "red", "##der", ",", "cafe"]
+    theirs = transformers.BertTokenizerFast(vocab={word: number for number, word in enumerate(words)})
+    theirs.save_pretrained(tmp_path)
+    if not told:  # as in the oldest folders
+        (tmp_path / CONFIG).write_text(json.dumps({"do_lower_case": True}))
+        (tmp_path / SPECIAL).unlink(missing_ok=True)
+    ours = Tokenizer.from_folder(tmp_path)
+    for text in ("A redder cat", "cats, zebras", "Caf\u00e9", ""):
+        want = theirs(text, padding="max_length", max_length=12)["input_ids"]
+        assert list(ours.encode(text, 12).chunks[0]) == want, text
+    assert ours.encode("a zebra").unknown == ("zebra",)
