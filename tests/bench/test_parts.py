@@ -111,7 +111,8 @@ def test_a_process_that_ends_or_fails_is_told() -> None:
 def test_random_weights_are_the_same_in_every_run(small: Path, preset: Preset, tmp_path: Path) -> None:
     torch.manual_seed(99)
     write_random(preset, tmp_path / "again", torch.float32)
-    for part, file in WEIGHTS.items():
+    for part in ("unet", "vae", "text_encoder"):
+        file = WEIGHTS[part]
         assert (tmp_path / "again" / part / file).read_bytes() == (small / part / file).read_bytes()
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
 from torch import Tensor
 
 from fastldm import ops
@@ -139,6 +142,33 @@ def test_float64_shows_every_epsilon(recorded: Callable[[str], Any], name: str) 
         got = unet(x[:, :latent], condition, torch.zeros(2, dtype=torch.long))
         # Only the sinusoid is float32 in both.
         torch.testing.assert_close(got, truth[f"y_{size}"], rtol=0, atol=1e-6)
+
+
+def test_the_unet_of_guided_diffusion_is_the_same_net() -> None:
+    """A class beside the timestep, the new order of q, k and v, more channels out than in."""
+    groups: dict[str, dict[str, Tensor]] = {"weight": {}, "in": {}, "out": {}}
+    path = Path(__file__).parents[1] / "fixtures" / "adm" / "unet_adm.safetensors"
+    with safe_open(path, "pt") as file:
+        args, tolerances = (json.loads(file.metadata()[name]) for name in ("config", "tol"))
+        for key in file.keys():
+            group, _, name = key.partition(".")
+            groups[group][name] = file.get_tensor(key).clone()
+    config = config_of(args)
+    names = unet_names(config, legacy=False)
+    weights = {key: tensor.float() for key, tensor in groups["weight"].items()}
+    unet = UNet(config).eval()
+    unet.load_state_dict(renamed(names, weights, STAGES["unet"]))
+    for latents, made, times in (
+        ("x", "sample", "t"),
+        ("x2", "sample2", "t"),
+        ("x_low", "sample_low", "t_low"),
+    ):
+        given, want = groups["in"], groups["out"][made]
+        with torch.inference_mode():
+            condition = unet.condition(torch.empty(2, 0, 0), given[times].float()[:, None], labels=given["y"])
+            got = unet(given[latents], condition, torch.zeros(2, dtype=torch.long))
+        allowed = tolerances["per_tensor"].get(made, tolerances["default"])
+        torch.testing.assert_close(got, want, rtol=0, atol=allowed * float(want.abs().max()))
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
