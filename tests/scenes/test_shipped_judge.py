@@ -54,7 +54,7 @@ def test_spoilt_objects_are_none_of_ours(judge: Judge, spoiler: int) -> None:
     mistaken = sum(map(fooled, judge.read([one.image for one in spoilt]), spoilt))
     print(f"{SPOILERS[spoiler].__name__}: {mistaken} of {len(spoilt)} taken for ours")
     # Many are near the objects that they were: 35 % of another kind or colour is enough to be spoilt.
-    assert len(spoilt) >= 60 and mistaken <= 0.16 * len(spoilt)
+    assert len(spoilt) >= 60 and mistaken <= 0.2 * len(spoilt)
 
 
 def test_chaos_is_nothing_of_ours(judge: Judge) -> None:
