@@ -58,10 +58,9 @@ class Average:
 
     def __init__(self, module: nn.Module, decay: float, values: Mapping[str, Tensor] | None = None) -> None:
         self.decay = decay
-        self.values: dict[str, Tensor] = {}
-        if decay:
-            parameters = {name: p.detach().clone() for name, p in module.named_parameters()}
-            self.values = dict(values) if values else parameters
+        self.values: dict[str, Tensor] = dict(values or {}) if decay else {}
+        if decay and not self.values:
+            self.values = {name: p.detach().clone() for name, p in module.named_parameters()}
 
     @torch.no_grad()
     def update(self, module: nn.Module, n: int) -> None:
