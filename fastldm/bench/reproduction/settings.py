@@ -28,6 +28,7 @@ class Settings:
     """One reproduction; rows of different settings are never compared. Budgets are of one training run."""
 
     side: int = 64
+    world: int = 2  # counts up when the pictures change
     pictures: int = 8192  # to learn from
     samples: int = 2000  # of each measurement, and as many renders to compare with
     sample_batch: int = 100
