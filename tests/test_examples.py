@@ -39,7 +39,13 @@ def made(path: Path) -> dict[str, object]:
 
 
 def test_all_examples_are_tested() -> None:
-    assert {file.stem for file in EXAMPLES.glob("*.py")} == {"threads", "preview", "batch", "asynchronous"}
+    assert {file.stem for file in EXAMPLES.glob("*.py")} == {
+        "threads",
+        "preview",
+        "batch",
+        "asynchronous",
+        "tasks",
+    }
 
 
 def test_threads(tmp_path: Path) -> None:

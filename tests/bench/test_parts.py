@@ -55,7 +55,8 @@ def test_pictures_tell_what_their_time_is_made_of(small: Path) -> None:
     table = measured(small, "image", "float32", (REFERENCE,))
     for row in table.rows.values():
         assert list(row.parts) == ["text", "loop", "decode"]
-        assert sum(row.parts.values()) == pytest.approx(row.minimum, rel=0.2)
+        # Each part is the shortest of its own, and a picture of 20 ms has more beside them on a busy core.
+        assert min(row.parts.values()) > 0 and 0.4 < sum(row.parts.values()) / row.minimum < 1.2
 
 
 @pytest.mark.usefixtures("ours_is_the_truth")
