@@ -59,13 +59,20 @@ def load(
 def generate(
     prompt: str | list[str] | None = None, *, model: str | os.PathLike[str] = "default", **arguments: Any
 ) -> Result:
-    """Make images from a prompt; the model is loaded at the first call and kept.
+    """Make images; the model is loaded at the first call and kept.
 
     prompt, negative_prompt   a string or a list of strings
-    steps=25, guidance_scale=7.5 (1: no unconditional half), sampler (the model's own), eta=0.0
+    label, layout             in place of a prompt: a class; objects in boxes, [(object, (left, top, right,
+                              bottom))] in shares of the sides; or a list of them
+    steps=25, guidance_scale (the model's own, most often 7.5; 1: no unconditional half), sampler (likewise),
+    eta=0.0
     seed=0                    an integer, or one an image; image k uses seed + k; None: drawn and reported
     num_images=1, width, height
     image, strength=0.8       start from a picture
+    mask, blend=0             draw image= anew where the mask is white, from noise unless strength is given;
+                              outside every bit stays; blend: pixels over which new and old meet inside
+    segmentation              a map of classes, drawn in its size
+    upscale                   True: draw image= several times as large
     latents, prompt_embeds, negative_prompt_embeds   in place of noise and text
     output_type="pil"         or "np", "pt", "latent"
     callback(step, x0)        after each step; False stops. x0: estimate of the clean latents [n, C, h, w]
@@ -73,6 +80,7 @@ def generate(
     progress                  True for a bar, or callable(done, total)
     cuda_graph                on a GPU: None, where it can be; True, or an error; False, not
 
+    What a model can be asked for: `pipe.limits.abilities`, `fastldm info MODEL`, docs/tasks.md.
     Returns a `Result`. Raises InvalidArgument before any work, TypeError for an unknown keyword,
     CheckpointError, OutOfMemory, NonFiniteOutput, BackendUnavailable (cuda_graph=True that cannot be).
     """

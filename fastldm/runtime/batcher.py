@@ -69,7 +69,8 @@ class Job:
 class Batcher:
     """Serves the requests of many callers side by side; to be closed, or used as a context manager.
 
-    Requests of another picture size or prompt length than those running wait until they are done.
+    Requests of another picture size, prompt length or kind (with a mask, say) than those running wait until
+    they are done.
     """
 
     def __init__(self, pipe: Source, slots: int = 4) -> None:
