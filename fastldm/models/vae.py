@@ -108,6 +108,12 @@ class DiagonalGaussian:
     mean: Tensor
     logvar: Tensor
 
+    @classmethod
+    def of(cls, moments: Tensor) -> DiagonalGaussian:
+        """From an encoder's output [N, 2C, h, w]: means, then log-variances."""
+        mean, logvar = moments.chunk(2, dim=1)
+        return cls(mean, logvar.clamp(-30.0, 20.0))
+
     @property
     def std(self) -> Tensor:
         """Standard deviation of each latent."""
@@ -272,8 +278,7 @@ class AutoencoderKL(nn.Module):
         moments = self.encoder(images)
         if self.quant_conv is not None:
             moments = self.quant_conv(moments)
-        mean, logvar = moments.chunk(2, dim=1)
-        return DiagonalGaussian(mean, logvar.clamp(-30.0, 20.0))
+        return DiagonalGaussian.of(moments)
 
     def before_decoder(self, latents: Tensor) -> Tensor:
         """What the decoder reads: the latents [N, C, h, w] through the 1×1 convolution, if there is one."""

@@ -13,7 +13,7 @@ from fastldm.checkpoint.rename import STAGES, vae_names
 from fastldm.errors import CheckpointError
 from fastldm.models import vq
 from fastldm.models.pixels import PixelAutoencoder, PixelConfig
-from fastldm.models.vae import AutoencoderConfig, AutoencoderKL, VAEConfig
+from fastldm.models.vae import AutoencoderConfig, AutoencoderKL, DiagonalGaussian, VAEConfig
 from fastldm.models.vae_strips import decode, decode_in_strips
 from fastldm.models.vq import VectorQuantizer, VQConfig, VQModel, nearest
 from fastldm.presets import FIRST_STAGES
@@ -106,8 +106,9 @@ def test_an_image_of_odd_size_is_rounded_down_as_in_the_original(recorded: Calla
     case.holds("image_odd", network.decode(latents))
 
 
-def test_kl_equals_the_original(recorded: Callable[[str], Any]) -> None:
-    case = recorded("ldm/kl_f4")
+@pytest.mark.parametrize("name", ["kl_f4", "kl_f8"])
+def test_kl_equals_the_original(recorded: Callable[[str], Any], name: str) -> None:
+    case = recorded(f"ldm/{name}")
     network = network_of(case)
     for size in ("a", "b"):
         posterior = network.encode(case.input[f"x_{size}"])
@@ -119,6 +120,19 @@ def test_kl_equals_the_original(recorded: Callable[[str], Any]) -> None:
         case.holds(f"z_{size}", latents)
         case.holds(f"image_{size}", network.decode(latents))
         case.holds(f"mode_image_{size}", network.decode(posterior.mean))
+
+
+def test_the_posterior_equals_the_original(recorded: Callable[[str], Any]) -> None:
+    case = recorded("ldm/kl_distribution")
+    posterior = DiagonalGaussian.of(case.input["moments"])
+    case.holds("mean", posterior.mean)
+    case.holds("mode", posterior.mean)
+    case.holds("logvar", posterior.logvar)
+    case.holds("std", posterior.std)
+    case.holds("kl", posterior.kl())
+    extreme = DiagonalGaussian.of(case.input["extreme_moments"])
+    case.holds("extreme_logvar", extreme.logvar)
+    case.holds("extreme_std", extreme.std)
 
 
 def test_quantiser_and_its_gradients_equal_the_original(recorded: Callable[[str], Any]) -> None:

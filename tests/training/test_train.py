@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -153,6 +155,22 @@ def test_average_against_its_formula() -> None:
     with average.swapped_in(module):
         assert module.weight.item() == pytest.approx(expected, rel=1e-12)
     assert module.weight.item() == 29
+
+
+@pytest.mark.parametrize(("name", "decay"), [("default", 0.9999), ("decay0.3", 0.3)])
+def test_the_average_is_the_originals(recorded: Callable[[str], Any], name: str, decay: float) -> None:
+    """LitEma counts an update before it weighs it, we after: its update n is our n + 1."""
+    case = recorded("ldm/ema")
+    weights = {key: nn.Parameter(value) for key, value in case.weight.items() if "frozen" not in key}
+    module = nn.ParameterDict({key.replace(".", "/"): value for key, value in weights.items()})
+    average = Average(module, decay)
+    for step in range(6):
+        for key, value in weights.items():
+            value.data = case.input[f"step{step}.{key}"]
+        average.update(module, step + 1)
+        for key in weights:
+            flat = key.replace(".", "")
+            case.holds(f"{name}.step{step}.{flat}", average.values[key.replace(".", "/")])
 
 
 def test_learning_rate_warms_up_and_decays_to_zero() -> None:
