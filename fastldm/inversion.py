@@ -28,16 +28,16 @@ def invert(
     sampler: str | None = None,
     width: int | None = None,
     height: int | None = None,
-    refinements: int = 1,
+    refinements: int = 2,
     progress: bool | Callable[[int, int], object] | None = None,
     cuda_graph: bool | None = None,
 ) -> Tensor:
     """The noise from which `pipe` makes this image again: float32 [n, C, height/f, width/f].
 
     `pipe.generate(prompt, latents=noise)` with the same steps, guidance_scale, negative_prompt and sampler
-    ends near the image's latents: with the shipped model, 100 steps and no guidance, within 0.5 % of their
-    RMS. Each refinement costs as many passes as there are steps and brings the latents nearer; fewer steps
-    and guidance take them away. NonFiniteOutput: too few steps for this guidance.
+    ends near the image's latents: with the shipped model, 100 steps and no guidance, within 1 % of their RMS.
+    Each refinement costs as many passes as there are steps and brings the latents nearer; fewer steps and
+    guidance take them away. NonFiniteOutput: too few steps for this guidance.
 
     image     as in `generate`; or latents=, clean ones as output_type="latent" gives them
     sampler   ddim, ddim_compvis, euler or flow_euler; the model's own by default
