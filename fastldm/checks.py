@@ -48,8 +48,7 @@ def shape_of(name: str, value: object, wanted: tuple[int | str, ...]) -> tuple[i
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(value, torch.Tensor):
         floats = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-        dense = value.layout == torch.strided and not value.is_nested and value.device.type != "meta"
-        if not dense or value.dtype not in floats:
+        if not is_dense(value) or value.dtype not in floats:
             refuse(name, value, allowed)
     elif not isinstance(value, np.ndarray) or value.dtype.kind != "f":
         refuse(name, value, allowed)
@@ -60,6 +59,12 @@ def shape_of(name: str, value: object, wanted: tuple[int | str, ...]) -> tuple[i
     ):
         refuse(name, value, allowed)
     return given
+
+
+def is_dense(value: torch.Tensor) -> bool:
+    """Whether a tensor has a number in memory for each of its places."""
+    layout = sys.modules["torch"].strided
+    return value.layout == layout and not value.is_nested and value.device.type != "meta"
 
 
 def tensor(name: str, value: object, shape: tuple[int | str, ...] | None) -> Tensor | None:

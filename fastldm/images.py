@@ -18,7 +18,7 @@ from typing import Any, NoReturn, TypeAlias
 import numpy as np
 from PIL import Image, ImageOps, PngImagePlugin
 
-from fastldm.checks import refuse
+from fastldm.checks import is_dense, refuse
 from fastldm.errors import FastLDMError, InvalidArgument
 
 Array: TypeAlias = np.ndarray[Any, Any]
@@ -243,9 +243,7 @@ def _reason(error: Exception) -> str:
 
 def _channels_last(tensor: Any) -> object:
     """A torch tensor [3, H, W] or [n, 3, H, W] as an array with the channels last; anything else as it is."""
-    torch = sys.modules["torch"]
-    plain = tensor.layout == torch.strided and not tensor.is_nested and tensor.device.type != "meta"
-    if not plain or tensor.ndim not in (3, 4):
+    if not is_dense(tensor) or tensor.ndim not in (3, 4):
         return tensor
     if tensor.is_floating_point():
         tensor = tensor.float()

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from fastldm.checks import refuse
+from fastldm.checks import is_dense, refuse
 from fastldm.errors import InvalidArgument
 from fastldm.images import FORMATS, MAX_PIXELS, Array, open_picture
 
@@ -63,7 +63,7 @@ def _array(name: str, value: Any) -> Any:
     torch = sys.modules.get("torch")
     if torch is None or not isinstance(value, torch.Tensor):
         return value
-    if value.layout != torch.strided or value.is_nested or value.device.type == "meta":
+    if not is_dense(value):
         refuse(name, value, "a dense tensor")
     value = value.detach().cpu()
     return (value.float() if value.is_floating_point() else value).numpy()

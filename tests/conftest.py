@@ -79,6 +79,14 @@ def judge() -> Judge:
     return Judge.load()
 
 
+def sane_weights(*networks: torch.nn.Module) -> None:
+    """Draw the weights of these networks so that activations keep their size, and every part matters."""
+    for network in networks:
+        for parameter in network.parameters():
+            if parameter.dim() > 1:
+                torch.nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
+
+
 class Recorded:
     """A network or loss recorded from the original code: its arguments, and tensors by name."""
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
@@ -21,6 +19,7 @@ from fastldm.bench.parts import NEED_TEXT, PARTS
 from fastldm.bench.plot import draw
 from fastldm.bench.process import Failed
 from fastldm.bench.race import Table
+from fastldm.bench.report import as_json, check_file, say
 from fastldm.errors import FastLDMError, InvalidArgument
 from fastldm.images import encode_png, write_files
 
@@ -40,12 +39,7 @@ def run(
     The files are written at the end, whole or not at all. InvalidArgument before any work.
     """
     for name, file in (("json", json_file), ("plot", plot)):
-        if file is not None and (not Path(file).resolve().parent.is_dir() or Path(file).is_dir()):
-            raise InvalidArgument(name, file, "a file in a folder that exists")
-
-    def say(text: str) -> None:
-        print(f"fastldm: {text}", file=sys.stderr, flush=True)
-
+        check_file(name, file)
     tables = []
     for table in measure(parts=parts, say=say, **asked):
         tables.append(table)
@@ -55,7 +49,7 @@ def run(
     files: dict[Path, bytes] = {}
     if json_file is not None:
         found = {"machine": facts, "tables": [asdict(table) for table in tables]}
-        files[Path(json_file)] = (json.dumps(found, indent=1) + "\n").encode()
+        files[Path(json_file)] = as_json(found)
     if plot is not None:
         files[Path(plot)] = encode_png(draw(tables, machine.headline(facts)))
     write_files(files)

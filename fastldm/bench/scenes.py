@@ -4,21 +4,17 @@ are from renders; and what its autoencoder leaves of renders.
 
 from __future__ import annotations
 
-import json
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 
 from fastldm import api, checks
-from fastldm.bench import machine
-from fastldm.errors import FastLDMError, InvalidArgument
-from fastldm.images import write_files
+from fastldm.bench.report import publish
+from fastldm.errors import FastLDMError
 from fastldm.pipeline import Pipeline
 from fastldm.scenes import LANDSCAPES, STYLES, Rendered, Scene, caption, draw_scene, render, sample_scene
 from fastldm.scenes.exam import CATEGORIES, GENEVAL, PER_CATEGORY, questions
@@ -86,15 +82,7 @@ def _line(name: str, share: float, count: int) -> str:
 
 def run(*, json_file: str | None = None, **asked: Any) -> None:
     """Print the report, `asked` as in `measure`, and write it as JSON. InvalidArgument before any work."""
-    if json_file is not None and (not Path(json_file).resolve().parent.is_dir() or Path(json_file).is_dir()):
-        raise InvalidArgument("json", json_file, "a file in a folder that exists")
-    report = measure(say=lambda text: print(f"fastldm: {text}", file=sys.stderr, flush=True), **asked)
-    facts = machine.describe()
-    print(report)
-    print(machine.headline(facts))
-    if json_file is not None:
-        found = {"machine": facts, "scenes": asdict(report)}
-        write_files({Path(json_file): (json.dumps(found, indent=1) + "\n").encode()})
+    publish("scenes", measure, json_file, asked)
 
 
 def measure(

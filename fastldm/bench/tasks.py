@@ -4,21 +4,17 @@ true pictures; and what a step of each task costs beside a step from text alone.
 
 from __future__ import annotations
 
-import json
 import statistics
-import sys
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
 from PIL import Image
 
 from fastldm import api, checks
-from fastldm.bench import machine
+from fastldm.bench.report import publish
 from fastldm.errors import InvalidArgument
-from fastldm.images import write_files
 from fastldm.pipeline import Pipeline
 from fastldm.scenes import KINDS, Rendered, Scene, caption, draw_scene, layout_of, render
 from fastldm.scenes.judge import Judge, Reading, overlap
@@ -71,15 +67,7 @@ class Report:
 
 def run(*, json_file: str | None = None, **asked: Any) -> None:
     """Print the report, `asked` as in `measure`, and write it as JSON. InvalidArgument before any work."""
-    if json_file is not None and (not Path(json_file).resolve().parent.is_dir() or Path(json_file).is_dir()):
-        raise InvalidArgument("json", json_file, "a file in a folder that exists")
-    report = measure(say=lambda text: print(f"fastldm: {text}", file=sys.stderr, flush=True), **asked)
-    facts = machine.describe()
-    print(report)
-    print(machine.headline(facts))
-    if json_file is not None:
-        found = {"machine": facts, "tasks": asdict(report)}
-        write_files({Path(json_file): (json.dumps(found, indent=1) + "\n").encode()})
+    publish("tasks", measure, json_file, asked)
 
 
 def measure(

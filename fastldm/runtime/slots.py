@@ -75,9 +75,7 @@ class Group:
     context: Sequence[Tensor]  # n or, guided, 2n rows [K], the unconditional half first
     lengths: Sequence[int] | None  # tokens of each row that count; None: all
     time_bias: Tensor  # [steps, M]
-    concat_bias: Tensor | None = (
-        None  # [n, width, H, W]: the share in conv_in of what stands beside the latents
-    )
+    concat_bias: Tensor | None = None  # [n, width, H, W]: conv_in's share of channels beside the latents
     kept: Kept | None = None
     watch: Watch | None = None
     x0: Tensor | None = None  # [n, C, H, W] of a step before the first; None: there was none

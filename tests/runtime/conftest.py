@@ -20,6 +20,7 @@ from fastldm.models.unet import UNet, UNetConfig
 from fastldm.models.vae import AutoencoderKL, VAEConfig
 from fastldm.pipeline import Pipeline
 from fastldm.runtime.graphs import CudaRecorder, Graphs
+from tests.conftest import sane_weights
 
 WORDS = "a cat dog fish house red blue green on the big small".split()
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -43,9 +44,7 @@ def tiny_components() -> Components:
     text = CLIPTextModel(CLIPTextConfig(len(WORDS) + 4, 16, 32, 2, 2, 8))
     for network in (unet, vae, text):
         network.eval().requires_grad_(False)
-        for parameter in network.parameters():
-            if parameter.dim() > 1:
-                torch.nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
+        sane_weights(network)
     scheduler = SchedulerConfig(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
     return Components("sd1", unet, vae, text, Tokenizer.from_words(WORDS, 8), scheduler, (), Path("memory"))
 

@@ -17,6 +17,7 @@ from fastldm.models.tokenizer import Tokenizer
 from fastldm.models.unet import UNet, UNetConfig
 from fastldm.models.vae import AutoencoderKL, VAEConfig
 from fastldm.pipeline import Pipeline
+from tests.conftest import sane_weights
 
 LABELS = ("cat", "dog", "fish")
 ABILITIES = Abilities(
@@ -49,9 +50,7 @@ def components() -> Components:
     text = CLIPTextModel(CLIPTextConfig(len(WORDS) + 4, 16, 32, 2, 2, 16))
     for network in (unet, vae, text):
         network.eval().requires_grad_(False)
-        for parameter in network.parameters():
-            if parameter.dim() > 1:
-                torch.nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
+        sane_weights(network)
     words = Tokenizer.from_words(WORDS, 16)
     return Components("sd1", unet, vae, text, words, SchedulerConfig(), (), Path("memory"), ABILITIES)
 

@@ -125,7 +125,7 @@ def test_the_mask_and_what_it_hides_reach_the_model(
 
 
 def test_long_runs_batches_and_unguided_steps_keep_it_too(plain_folder: Path) -> None:
-    """Two windows of steps, two masks side by side, segments without guidance: near the loop's answer."""
+    """Two windows of steps, two masks side by side, segments without guidance: the end has the given part."""
     pipe = fastldm.load(plain_folder)
     rng = np.random.default_rng(4)
     pictures = [rng.integers(0, 256, (64, 64, 3), dtype=np.uint8) for _ in range(2)]

@@ -27,6 +27,7 @@ from fastldm.models.vq import VQConfig, VQModel
 from fastldm.pipeline import Pipeline
 from fastldm.runtime import Batcher
 from fastldm.verification import verify
+from tests.conftest import sane_weights
 
 FIRST = VQConfig(block_out_channels=(16, 16, 16), layers_per_block=1, norm_num_groups=4, num_vq_embeddings=16)
 UNET = UNetConfig(
@@ -101,11 +102,7 @@ def drawn(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     """A tiny model of each task, loaded from a folder."""
     torch.manual_seed(4)
     parts = {"vae": VQModel(FIRST), "tokenizer": None, **MODELS[request.param]()}
-    for network in parts.values():
-        if isinstance(network, torch.nn.Module):
-            for parameter in network.parameters():
-                if parameter.dim() > 1:
-                    torch.nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
+    sane_weights(*(network for network in parts.values() if isinstance(network, torch.nn.Module)))
     folder = tmp_path_factory.mktemp(request.param) / "model"
     save_folder(folder, **parts, scheduler=SCHEDULER)
     return request.param, Pipeline(load_components(folder), torch.device("cpu"), torch.float32, None)

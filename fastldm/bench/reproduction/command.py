@@ -15,6 +15,7 @@ import torch
 
 from fastldm import checks
 from fastldm.bench import machine
+from fastldm.bench.report import check_file
 from fastldm.bench.reproduction import cells
 from fastldm.bench.reproduction.cells import Cell, Results
 from fastldm.bench.reproduction.lab import NAMED_FROM, Lab, OutOfTime
@@ -56,8 +57,7 @@ def run(
         raise InvalidArgument("pixel", True, "only with ddim")
     file = RESULTS if json_file is None else Path(json_file)
     for name, path in (("json", file), ("plot", None if plot is None else Path(plot))):
-        if path is not None and (not path.resolve().parent.is_dir() or path.is_dir()):
-            raise InvalidArgument(name, str(path), "a file in a folder that exists")
+        check_file(name, path)
     wanted = plan(table, seeds, pixel)
     if dry_run:
         known = judge is not None or WEIGHTS.exists()  # no row is of a judge that is not there
