@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ import torch
 
 from fastldm import checks
 from fastldm.bench import machine
-from fastldm.bench.report import check_file
+from fastldm.bench.report import check_file, say
 from fastldm.bench.reproduction import cells
 from fastldm.bench.reproduction.cells import Cell, Results
 from fastldm.bench.reproduction.lab import NAMED_FROM, Lab, OutOfTime
@@ -66,16 +65,16 @@ def run(
         return
     reader = Judge.load(judge, NAMED_FROM)
     results = Results.open(file, SETTINGS.digest(), judge_hash(judge))
-    lab = Lab(SETTINGS, WORKSHOP, reader, results.judge, _say, time.monotonic() + deadline)
+    lab = Lab(SETTINGS, WORKSHOP, reader, results.judge, say, time.monotonic() + deadline)
     failed: list[str] = []
     interrupted = None
     try:
         failed = cells.run(wanted, lab, results, _facts)
     except OutOfTime:
-        _say("the minutes are up; what was reached is kept")
+        say("the minutes are up; what was reached is kept")
     except KeyboardInterrupt as error:
         interrupted = error
-        _say("stopped; what was reached is kept")
+        say("stopped; what was reached is kept")
     found = TABLES[table](Found(results, seeds), pixel)
     print(found)
     left = cells.missing(wanted, results)
@@ -124,7 +123,3 @@ def estimated(wanted: Sequence[Cell], results: Results) -> str:
 def _facts() -> dict[str, Any]:
     facts = machine.describe()
     return {"machine": machine.headline(facts), "commit": facts["commit"]}
-
-
-def _say(text: str) -> None:
-    print(f"fastldm: {text}", file=sys.stderr, flush=True)
