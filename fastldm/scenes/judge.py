@@ -106,19 +106,24 @@ class Judge:
             raise CheckpointError(file, None, f"is another network: {error}") from None
         return cls(net, min_chance)
 
-    @torch.inference_mode()
     def read(self, images: object) -> list[Reading]:
         """The scene of each picture."""
-        readings = []
+        return self.read_with_features(images)[0]
+
+    @torch.inference_mode()
+    def read_with_features(self, images: object) -> tuple[list[Reading], Tensor]:
+        """The scene of each picture, and `features`, by one look at it."""
+        readings, features = [], []
         for batch in _batches(images):
             _, merged, deep = self.net.levels(batch)
             found = _objects(self.net.cells(merged), self.min_chance)
-            facts = [logits.argmax(1).tolist() for logits in self.net.whole(self.net.pooled(deep))]
+            features.append(self.net.pooled(deep))
+            facts = [logits.argmax(1).tolist() for logits in self.net.whole(features[-1])]
             for objects, background, sky, style in zip(found, *facts, strict=True):
                 readings.append(
                     Reading(objects, GROUNDS[background], SKIES[sky - 1] if sky else None, STYLES[style])
                 )
-        return readings
+        return readings, torch.cat(features)
 
     @torch.inference_mode()
     def segment(self, images: object) -> np.ndarray[Any, np.dtype[np.uint8]]:

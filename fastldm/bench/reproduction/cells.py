@@ -40,7 +40,7 @@ class Cell(Protocol):
 
 @dataclass(frozen=True)
 class Reconstruct:
-    """Train an autoencoder; the PSNR of what it gives back."""
+    """Train an autoencoder; the PSNR of what it gives back, and how far that is from the renders."""
 
     factor: int
     quantised: bool
@@ -55,7 +55,11 @@ class Reconstruct:
         return settings.autoencoder_flops, float(one * settings.samples)
 
     def measure(self, lab: Lab) -> dict[str, Any]:
-        return {"psnr": lab.psnr(self.factor, self.seed, self.quantised)}
+        back = lab.reconstructions(self.factor, self.seed, self.quantised)
+        return {
+            "psnr": lab.psnr(self.factor, self.seed, self.quantised),
+            "distance": frechet_distance(lab.reference, back),
+        }
 
 
 @dataclass(frozen=True)
@@ -84,7 +88,11 @@ class Train:
 
 @dataclass(frozen=True)
 class Sample:
-    """Sample a model: Fréchet distance, precision, recall, how often the class is read, and the speed."""
+    """Sample a model: Fréchet distance, precision, recall, how often the class is read, and the speed.
+
+    They are held against renders as the model's autoencoder gives them back, so that they tell of the model
+    alone; `distance_to_renders` is of both together.
+    """
 
     model: Model
     sampling: Sampling
@@ -100,8 +108,11 @@ class Sample:
 
     def measure(self, lab: Lab) -> dict[str, Any]:
         made = lab.samples(self.model, self.sampling, self.seed)
-        compared = _compared(lab.reference, made.features, made.right)
-        return compared | {"pictures_a_second": len(made.features) / made.seconds}
+        reachable = lab.reconstructions(self.model.factor, self.seed)
+        return _compared(reachable, made.features, made.right) | {
+            "distance_to_renders": frechet_distance(lab.reference, made.features),
+            "pictures_a_second": len(made.features) / made.seconds,
+        }
 
 
 @dataclass(frozen=True)

@@ -83,6 +83,7 @@ class Lab:
         self.folder = folder / settings.digest()
         self.judged = self.folder / judge_name
         self._latents: tuple[tuple[int, int], tuple[Tensor, Tensor, float]] | None = None
+        self._reconstructed: tuple[tuple[int, int, bool], Tensor] | None = None
 
     def check_time(self) -> None:
         if time.monotonic() >= self.deadline:
@@ -98,13 +99,24 @@ class Lab:
         """The features of renders that samples are held against."""
         return self.judge.features(enlarged(self.world.reference.images))
 
+    def reconstructions(self, factor: int, seed: int, quantised: bool = False) -> Tensor:
+        """The features of these renders as an autoencoder gives them back, the best that a model of its
+        latents can do; of pixels, the renders'.
+        """
+        if factor == 1:
+            return self.reference
+        key = factor, seed, quantised
+        if self._reconstructed is None or self._reconstructed[0] != key:
+            back = given_back(self.autoencoder(*key), self.world.reference.images, batch=50)
+            self._reconstructed = key, self.judge.features(enlarged(back))
+        return self._reconstructed[1]
+
     def renders(self, seed: int) -> tuple[Tensor, Tensor]:
         """Features of as many renders more, another set for each seed, and whether their kind is read: what a
         perfect model would draw.
         """
         more = pictures(self.settings.samples, self.settings.side, _RENDERS + seed)
-        large = enlarged(more.images)
-        return self.judge.features(large), self._right(large, more.labels)
+        return self._judged(more.images, more.labels)
 
     def autoencoder(self, factor: int, seed: int, quantised: bool = False) -> AutoencoderKL | VQModel:
         """Trained from a seed, or as it was kept."""
@@ -214,20 +226,23 @@ class Lab:
             began = time.perf_counter()
             images = draw(part, torch.Generator().manual_seed((seed << 32) + number))
             kept["seconds"] += time.perf_counter() - began
-            large = enlarged(images)
-            kept["features"].append(self.judge.features(large))
-            kept["right"].append(self._right(large, part))
+            features, right = self._judged(images, part)
+            kept["features"].append(features)
+            kept["right"].append(right)
             file.parent.mkdir(parents=True, exist_ok=True)
             with replacing(file) as temporary:
                 torch.save(kept, temporary)
         file.unlink(missing_ok=True)
         return Samples(torch.cat(kept["features"]), torch.cat(kept["right"]), kept["seconds"])
 
-    def _right(self, images: Tensor, labels: Tensor) -> Tensor:
-        """Whether the surest object that the judge reads is of the class asked for: float32 [N]."""
-        kinds = [reading.objects[0].kind if reading.objects else None for reading in self.judge.read(images)]
+    def _judged(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Features of pictures uint8 [N, side, side, 3], and whether the surest object that the judge reads
+        is of the class asked for, float32 [N].
+        """
+        readings, features = self.judge.read_with_features(enlarged(images))
+        kinds = [reading.objects[0].kind if reading.objects else None for reading in readings]
         hits = [kind == KINDS[label] for kind, label in zip(kinds, labels.tolist(), strict=True)]
-        return torch.tensor(hits, dtype=torch.float32)
+        return features, torch.tensor(hits, dtype=torch.float32)
 
     def _drawer(
         self, model: Model, sampling: Sampling, seed: int

@@ -32,11 +32,11 @@ class Settings:
     pictures: int = 8192  # to learn from
     samples: int = 2000  # of each measurement, and as many renders to compare with
     sample_batch: int = 100
-    bound_pictures: int = 32
+    bound_pictures: int = 16
     bound_batch: int = 16
     timesteps: int = 1000
-    diffusion_flops: float = 20e12
-    autoencoder_flops: float = 12e12
+    diffusion_flops: float = 12e12
+    autoencoder_flops: float = 10e12
     autoencoder_batch: int = 16
     autoencoder_width: int = 8
     learning_rate: float = 1e-3
@@ -46,7 +46,7 @@ class Settings:
     codes: int = 512
     shapes: tuple[tuple[int, Shape], ...] = (
         (1, Shape(3, (8, 16, 32, 64), (0, 0, 1, 1), 16)),
-        (4, Shape(3, (16, 32, 64), (0, 1, 1), 32)),
+        (4, Shape(3, (16, 32, 64), (0, 1, 1), 64)),
         (8, Shape(4, (32, 64), (1, 1), 64)),
         (32, Shape(16, (64,), (1,), 256)),
     )
