@@ -232,8 +232,8 @@ class Pipeline:
             guidance_scale=request.guidance_scale,
             strength=request.strength,
         )
-        if table.log_variances is not None:
-            raise InvalidArgument("sampler", request.sampler, "another: slots read no learned variance yet")
+        if table.log_variances is not None and not self.components.unet.config.learned_variance:
+            raise InvalidArgument("sampler", request.sampler, "another: the UNet learnt no variance")
         return table
 
     def encode(self, request: Request) -> TextEmbeddings:
@@ -327,6 +327,7 @@ class Pipeline:
             time_bias=unet.time_bias(times, self.dtype),
             concat_bias=None if beside is None else unet.concat_bias(beside.to(self.dtype)),
             kept=kept,
+            log_variances=None if (bounds := table.log_variances) is None else to_device(bounds, self.device),
             watch=watch,
             whole_every=request.shortcuts.whole_every,
         )

@@ -15,6 +15,7 @@ from fastldm.checkpoint.rename import CLIP, OPEN_CLIP, SHORT_CLIP, STAGES
 from fastldm.checkpoint.source import PARTS
 from fastldm.errors import CheckpointError
 from fastldm.models.bert import LDM_BERT, BERTConfig
+from fastldm.models.pixels import PIXELS, PixelConfig
 from fastldm.models.unet_config import UNetConfig
 
 SD1_HEADS = 8
@@ -108,7 +109,7 @@ def family_of(configs: Mapping[str, Mapping[str, Any]]) -> str:
     what it draws from for the models of the latent diffusion paper.
     """
     unet, text = configs["unet"], configs.get("text_encoder")
-    given, latent = unet.get("in_channels", 4), unet.get("out_channels", 4)
+    given, latent = unet.get("in_channels", 4), _latent_channels(configs["vae"])
     inpaints = isinstance(latent, int) and given == 2 * latent + 1
     if text is not None and text.get("model_type") != LDM_BERT:
         base = "sd2" if unet.get("use_linear_projection") else "sd1"
@@ -122,6 +123,12 @@ def family_of(configs: Mapping[str, Mapping[str, Any]]) -> str:
     if inpaints:
         return "ldm-inpaint"
     return "ldm-unconditional" if given == latent else "ldm-upscale"
+
+
+def _latent_channels(vae: Mapping[str, Any]) -> Any:
+    """What a vae/config.json says of its latents' channels."""
+    pixels = vae.get("_class_name") == PIXELS
+    return PixelConfig.latent_channels if pixels else vae.get("latent_channels", 4)
 
 
 def infer_unet(shapes: Shapes) -> dict[str, Any]:

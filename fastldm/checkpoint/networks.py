@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -98,8 +99,12 @@ def build(source: Source) -> Networks:
 
 
 def _check_channels(networks: Networks, family: str, file: Path) -> None:
-    """Whether the UNet reads the latents, and beside them what its family has there."""
+    """Whether the UNet reads the latents, and beside them what its family has there; it answers with as many
+    channels, or where it learns the variance with twice as many.
+    """
     unet, latent = networks.unet.config, networks.vae.config.latent_channels
+    if unet.out_channels == 2 * latent:
+        networks.unet.config = unet = replace(unet, learned_variance=True)
     beside = {0: "", latent + 1: " for inpainting"}
     if not family.startswith("ldm"):
         beside[hint_channels(latent)] = " with a hint block"
@@ -107,7 +112,7 @@ def _check_channels(networks: Networks, family: str, file: Path) -> None:
         beside = {networks.rescaler.config.out_channels: " with a map"}
     else:
         beside[3] = " with a small picture"
-    if unet.out_channels != latent or unet.in_channels - latent not in beside:
+    if unet.latent_channels != latent or unet.in_channels - latent not in beside:
         known = ", ".join(f"{latent + more} → {latent}{what}" for more, what in sorted(beside.items()))
         given = f"{unet.in_channels} → {unet.out_channels}"
         why = f"is {given}; with {latent} latent channels fastldm supports {known}"

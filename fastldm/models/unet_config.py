@@ -74,11 +74,12 @@ class UNetConfig:
     scale_shift_norm: bool = False  # whether a timestep scales the normed features, and shifts them after it
     resblock_updown: bool = False  # whether residual blocks change the resolution
     num_class_embeds: int = 0  # classes embedded beside the timestep
+    learned_variance: bool = False  # whether the second half of what comes out places the log variance
 
     @property
     def latent_channels(self) -> int:
         """Channels of the latents, without concatenated ones (masks, masked latents)."""
-        return self.out_channels
+        return self.out_channels // (1 + self.learned_variance)
 
     @property
     def inpaints(self) -> bool:
@@ -101,7 +102,7 @@ class UNetConfig:
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any], file: str = "unet/config.json") -> UNetConfig:
         """Read the fields of a diffusers unet/config.json; CheckpointError for one that this network does
-        not have.
+        not have. It does not tell a learned variance: the latents' channels do.
         """
         kind = UNCONDITIONAL if fields.get("_class_name") == UNCONDITIONAL else CONDITIONAL
         fields = {**_DEFAULTS[kind], **fields}
@@ -125,7 +126,9 @@ class UNetConfig:
             d if "Attn" in str(level) else 0 for d, level in zip(depth, down, strict=True)
         )
         fixed = {**_FIXED, "down_block_types": down, "up_block_types": up, "mid_block_type": _MIDDLE[kind]}
-        read = read_config(cls, fields, file, fixed=fixed, inert=_INERT, derived=(*derived, *style))
+        read = read_config(
+            cls, fields, file, fixed=fixed, inert=_INERT, derived=(*derived, *style, "learned_variance")
+        )
         config = cls(**read, **derived, **style)
         if config.block_types != {"down_block_types": list(down), "up_block_types": list(up)}:
             raise CheckpointError(

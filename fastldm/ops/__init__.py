@@ -7,7 +7,7 @@ from fastldm.ops.linear import conv2d, geglu, linear
 from fastldm.ops.norm import channel_moments, group_norm_silu, layer_norm
 from fastldm.ops.registry import AUTOMATIC, OPS, Op, missing, op, resolve, use_backends
 from fastldm.ops.resample import upsample_conv
-from fastldm.ops.sampling import guided_step
+from fastldm.ops.sampling import guided_step, learned_noise
 
 __all__ = [
     "AUTOMATIC",
@@ -20,6 +20,7 @@ __all__ = [
     "group_norm_silu",
     "guided_step",
     "layer_norm",
+    "learned_noise",
     "linear",
     "missing",
     "op",

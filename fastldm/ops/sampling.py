@@ -11,6 +11,19 @@ from fastldm.ops.registry import op
 T, X0_X, X0_OUT, NEXT_X, NEXT_X0, NEXT_PREV, NOISE, GUIDANCE, CLAMP = range(9)
 
 
+def learned_noise(noise: Tensor, place: Tensor, log_variances: Tensor, step: Tensor) -> Tensor:
+    """ε · exp(½ (low + (place + 1)/2 · (high − low))): the noise of steps whose log variance the model places
+    between two bounds.
+
+    noise: ε float32 [B, C, H, W]; place, the same shape: what the model answered beside its prediction;
+    log_variances float32 [B, rows, 2]; step int64 [B]: the row to use. (Nichol & Dhariwal 2021,
+    arXiv:2102.09672, eq. 15)
+    """
+    slots = torch.arange(len(step), device=step.device)
+    low, high = log_variances[slots, step][:, :, None, None, None].unbind(1)
+    return noise * (0.5 * torch.lerp(low, high, (place.to(noise.dtype) + 1) / 2)).exp()
+
+
 @op
 def guided_step(
     latents: Tensor,

@@ -41,13 +41,14 @@ def segments(group: Group, guided: range) -> Generator[Group, Outcome | None, Ou
 
 def _part(group: Group, start: int, stop: int) -> Group:
     """The group's steps from `start` to before `stop`."""
-    watch, kept = group.watch, group.kept
+    watch, kept, bounds = group.watch, group.kept, group.log_variances
     return replace(
         group,
         table=torch.cat((group.table[start:stop], group.table[-1:])),
         draws=group.draws[start:stop],
         time_bias=group.time_bias[start:stop],
         kept=None if kept is None else replace(kept, levels=kept.levels[start:stop]),
+        log_variances=None if bounds is None else bounds[start:stop],
         watch=None if watch is None else lambda step, x0: watch(start + step, x0),
     )
 

@@ -27,7 +27,8 @@ SIZES = (1, 2, 4, 8)
 WINDOW = 32
 
 # latents [B, C, H, W], context [R, K], its lengths [R] or None, the share of the channels beside the latents
-# [B, width, H, W] or None, time biases [B, steps, M], step [B] → prediction [R, C, H, W]
+# [B, width, H, W] or None, time biases [B, steps, M], step [B] → prediction [R, C, H, W], or of 2C channels:
+# the place of the log variance beside it
 Predict = Callable[[Tensor, Tensor, Tensor | None, Tensor | None, Tensor, Tensor], Tensor]
 # (step, its clean latents as estimated [n, C, H, W], if asked for) → whether to stop
 Watch = Callable[[int, Callable[[], Tensor]], bool]
@@ -77,6 +78,7 @@ class Group:
     time_bias: Tensor  # [steps, M]
     concat_bias: Tensor | None = None  # [n, width, H, W]: conv_in's share of channels beside the latents
     kept: Kept | None = None
+    log_variances: Tensor | None = None  # float [steps, 2]: bounds, where the noise is as large as learned
     watch: Watch | None = None
     x0: Tensor | None = None  # [n, C, H, W] of a step before the first; None: there was none
     whole_every: int = 1  # as in Shortcuts; more than 1 is for CachingSlots
@@ -85,7 +87,7 @@ class Group:
     def shape(self) -> tuple[Hashable, ...]:
         """What slots must have been made for to take this group."""
         beside = None if self.concat_bias is None else self.concat_bias.shape[1:]
-        given = self.lengths is not None, beside, self.kept is not None
+        given = self.lengths is not None, beside, self.kept is not None, self.log_variances is not None
         return *self.latents.shape[1:], self.context[0].shape, *given
 
     @property
@@ -156,6 +158,9 @@ class Slots(Work):
         if like.kept is not None:
             levels = torch.zeros(count, WINDOW + 1, 2, device=device)
             self.kept = Kept(images()[:, :1].contiguous(), images(), images(), levels)
+        self.log_variances: Tensor | None = None
+        if like.log_variances is not None:
+            self.log_variances = torch.zeros(count, WINDOW + 1, 2, device=device)
         self.time_bias = torch.zeros(count, WINDOW + 1, like.time_bias.shape[1], dtype=dtype, device=device)
         self._last_step: torch.cuda.Event | None = None
 
@@ -166,11 +171,21 @@ class Slots(Work):
     def launch(self) -> None:
         """One step of every slot: model, guidance, update, next input."""
         conditions = self.context, self.lengths, self.concat_bias, self.time_bias, self.step
-        out = self.predict(self.model_input, *conditions)
-        ops.guided_step(self.latents, self.x0, self.model_input, out, self.noise, self.table, self.step)
+        out, noise = self._split(self.predict(self.model_input, *conditions))
+        ops.guided_step(self.latents, self.x0, self.model_input, out, noise, self.table, self.step)
         if self.kept is not None:
             self._put_back(self.kept)
         self.step.add_(1).clamp_(max=WINDOW)
+
+    def _split(self, out: Tensor) -> tuple[Tensor, Tensor]:
+        """What the model predicts, and the noise of the step, as large as it says where it learnt that."""
+        if out.shape[1] == self.latents.shape[1]:
+            return out, self.noise
+        out, place = out.chunk(2, dim=1)
+        noise = self.noise
+        if self.log_variances is not None:  # guidance does not mix it
+            noise = ops.learned_noise(noise, place[-self.count :], self.log_variances, self.step)
+        return out.contiguous(memory_format=torch.channels_last), noise
 
     def _put_back(self, kept: Kept) -> None:
         """The given part of the latents, at the level that each slot has come to."""
@@ -263,6 +278,9 @@ class Slots(Work):
             if self.kept is not None and kept is not None:
                 levels = kept.levels[run.done : run.done + WINDOW]
                 self.kept.levels[place, : len(levels)] = levels
+            if self.log_variances is not None and run.group.log_variances is not None:
+                bounds = run.group.log_variances[run.done : run.done + WINDOW]
+                self.log_variances[place, : len(bounds)] = bounds
             self.table[place, :WINDOW] = run.table[run.done : run.done + WINDOW]
             self.time_bias[place, : len(biases)] = biases
             self.step[place].zero_()

@@ -121,6 +121,13 @@ class DiffusionSection:
         self.objective.check(self.scheduler)
 
     @property
+    def learns_variance(self) -> bool:
+        """Whether the UNet answers with the place of the log variance too, which L_vlb trains. (Nichol &
+        Dhariwal 2021, arXiv:2102.09672)
+        """
+        return self.objective.loss in ("hybrid", "vlb")
+
+    @property
     def scheduler(self) -> SchedulerConfig:
         """The process that the model is trained for, as its scheduler_config.json says it.
 
@@ -133,9 +140,12 @@ class DiffusionSection:
             return SchedulerConfig.from_dict(
                 {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": self.shift}
             )
+        of_class: dict[str, Any] = {"_class_name": "DDIMScheduler", "set_alpha_to_one": True}
+        if self.learns_variance:
+            of_class = {"_class_name": "DDPMScheduler", "variance_type": "learned_range"}
         return SchedulerConfig.from_dict(
             {
-                "_class_name": "DDIMScheduler",
+                **of_class,
                 "beta_schedule": "linear",
                 "beta_start": 0.0001,
                 "beta_end": 0.02,
@@ -144,7 +154,6 @@ class DiffusionSection:
                 "timestep_spacing": "trailing",
                 "num_train_timesteps": 1000,
                 "clip_sample": False,
-                "set_alpha_to_one": True,
             }
         )
 

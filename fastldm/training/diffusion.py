@@ -33,7 +33,7 @@ class TextToLatents(nn.Module):
 
     def forward(self, noisy: Tensor, timesteps: Tensor, ids: Tensor, hint: Tensor | None = None) -> Tensor:
         """noisy [rows, C, h, w], timesteps [rows], token ids [rows, L], hint [rows, C + 4, h, w] where the
-        UNet has room for one → prediction.
+        UNet has room for one → prediction, of 2C channels where it learns the variance.
         """
         rows = noisy.shape[0]
         condition = self.unet.condition(self.text_encoder(ids), timesteps.float()[:, None], hint)
@@ -78,7 +78,7 @@ def new_unet(session: Session, latent_channels: int, context_width: int, side: i
     unet = UNet(
         UNetConfig(
             in_channels=latent_channels + hint_channels(latent_channels),
-            out_channels=latent_channels,
+            out_channels=latent_channels * (1 + section.learns_variance),
             block_out_channels=section.block_out_channels,
             layers_per_block=section.layers_per_block,
             heads=section.heads,
@@ -86,6 +86,7 @@ def new_unet(session: Session, latent_channels: int, context_width: int, side: i
             cross_attention_dim=context_width,
             norm_num_groups=section.norm_num_groups,
             sample_size=side,
+            learned_variance=section.learns_variance,
         )
     )
     nn.init.zeros_(unet.conv_out.weight)
@@ -124,4 +125,4 @@ def train_diffusion(
             return error
         return error + section.reading * reading.loss(cells[rows].to(device))
 
-    session.fit("diffusion", reading or model, loss, section.fit, seed=2, sample=sample)
+    session.fit("diffusion", reading or model, loss, section.fit, seed=2, sample=sample, memory=criterion)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,15 @@ from fastldm.training.curve import Curve
 from fastldm.training.parallel import ALONE, Workers, gradients
 
 Loss = Callable[[int, torch.Generator], Tensor]
+
+
+class Memory(Protocol):
+    """What a loss remembers from step to step."""
+
+    def state_dict(self) -> dict[str, Tensor]: ...
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None: ...
+
+
 LINE_EVERY = 50
 
 
@@ -98,6 +107,7 @@ def fit(
     sample: Callable[[int], None] | None = None,
     tensorboard: bool = False,
     critic: nn.Module | None = None,
+    memory: Memory | None = None,
 ) -> None:
     """Minimise loss(step, generator) over the module's parameters; ends with the averaged weights in the
     module.
@@ -110,11 +120,12 @@ def fit(
     `bfloat16`: the loss is computed under autocast; weights, averages and the optimiser stay float32.
     `sample`: called with the step, every `settings.sample_every`, while the module holds the averages.
     `critic`: the part of the module that plays against the rest: clipped apart, and with less momentum.
+    `memory`: of the loss, kept with the state; each process has its own, and the first one's is kept.
     """
     folder.mkdir(parents=True, exist_ok=True)
     state_file = folder / f"{name}.pt"
     optimizer = new_optimizer(module, settings, critic)
-    start, averages = _resume(state_file, module, optimizer)
+    start, averages = _resume(state_file, module, optimizer, memory)
     average = Average(module, settings.ema_decay, averages)
     module.train()
     total, since = 0.0, start
@@ -141,7 +152,7 @@ def fit(
                 with replacing(folder / f"{name}-{done}.pt") as temporary:
                     torch.save(average.values if settings.ema_decay else module.state_dict(), temporary)
             if done % settings.save_every == 0 or last:
-                _save(state_file, done, module, optimizer, average)
+                _save(state_file, done, module, optimizer, average, memory)
                 curve.draw()
             if sample is not None and settings.sample_every and (done % settings.sample_every == 0 or last):
                 with average.swapped_in(module):
@@ -220,20 +231,26 @@ def _backward(
 
 
 def _save(
-    file: Path, step: int, module: nn.Module, optimizer: torch.optim.Optimizer, average: Average
+    file: Path,
+    step: int,
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    average: Average,
+    memory: Memory | None,
 ) -> None:
     state = {
         "step": step,
         "module": module.state_dict(),
         "optimizer": optimizer.state_dict(),
         "average": average.values,
+        "memory": {} if memory is None else memory.state_dict(),
     }
     with replacing(file) as temporary:
         torch.save(state, temporary)
 
 
 def _resume(
-    file: Path, module: nn.Module, optimizer: torch.optim.Optimizer
+    file: Path, module: nn.Module, optimizer: torch.optim.Optimizer, memory: Memory | None
 ) -> tuple[int, Mapping[str, Tensor]]:
     """Load the saved state, if any, and return the step to go on from and the averages at it."""
     if not file.exists():
@@ -243,6 +260,8 @@ def _resume(
     try:
         module.load_state_dict(state["module"])
         optimizer.load_state_dict(state["optimizer"])
+        if memory is not None:
+            memory.load_state_dict(state.get("memory", {}))
     except (RuntimeError, ValueError, KeyError) as error:
         raise CheckpointError(
             file, None, f"is the state of another configuration: {str(error).splitlines()[0]}"

@@ -116,10 +116,13 @@ def fit_lora(
     report: Callable[[str], None],
     **options: Any,
 ) -> None:
-    """Learn with L_simple, or go on; `options` as in `fit`, whose errors are raised."""
+    """Learn with L_simple, or L_hybrid where the model learnt its variance, or go on; `options` as in `fit`,
+    whose errors are raised.
+    """
     settings, device = model.settings, model.unet.conv_in.weight.device
     tokenizer, _ = components.text
-    criterion = Criterion(Objective(), components.scheduler)
+    learned = components.scheduler.variance_type.startswith("learned")
+    criterion = Criterion(Objective("hybrid" if learned else "simple"), components.scheduler)
 
     def loss(step: int, generator: torch.Generator) -> Tensor:
         clean, texts = draw(generator)
@@ -138,7 +141,7 @@ def train_lora(
     seed: int = 0,
     report: Callable[[str], None] = print,
 ) -> None:
-    """Learn a LoRA with L_simple and write it to the folder `output`, for fastldm, diffusers and peft.
+    """Learn a LoRA with the model's own loss and write a folder that fastldm, diffusers and peft read.
 
     data: latents as the UNet sees them, [C, h, w] of one size, with their captions; anything with a length
     and an index. The model is the same afterwards; nobody else may run it meanwhile. `folder` keeps the state

@@ -116,7 +116,7 @@ def first_stages(session: Session, folder: FolderData | None) -> tuple[Autoencod
     from the model folder that the configuration starts from, the autoencoder trained on if it says so.
 
     A model of pixels has an autoencoder that does nothing. InvalidArgument for one that starts from latents,
-    or the other way round.
+    for one that is to learn the variance and starts from a UNet that did not, and the other way round.
     """
     config = session.config
     section = config.autoencoder
@@ -129,6 +129,11 @@ def first_stages(session: Session, folder: FolderData | None) -> tuple[Autoencod
         if isinstance(vae, PixelAutoencoder) != section.of_pixels:
             allowed = f"{'kl or vq' if section.of_pixels else 'pixels'}, as in {config.start}"
             raise InvalidArgument("autoencoder.kind", section.kind, allowed)
+        if model.unet.config.learned_variance != config.diffusion.learns_variance:
+            learnt = "hybrid or vlb" if model.unet.config.learned_variance else "simple or absolute"
+            raise InvalidArgument(
+                "diffusion.objective.loss", config.diffusion.objective.loss, f"{learnt}, as in {config.start}"
+            )
         if not isinstance(vae, PixelAutoencoder) and (section.fit or section.decoder):
             _train_autoencoder(session, folder, _pictures(session, folder), vae)
         return vae, tokenizer, model

@@ -42,9 +42,10 @@ def sample_latents(
     side: int,
     seed: int,
 ) -> Tensor:
-    """Scaled latents [prompts, C, side, side] by the scheduler's own sampler, guided."""
+    """Scaled latents [prompts, C, side, side] by DDIM, or Euler's method for a flow, guided."""
     device = next(model.unet.parameters()).device
-    table = build_table(scheduler, STEPS, guidance_scale=GUIDANCE)
+    sampler = "flow_euler" if scheduler.prediction == "flow" else "ddim"
+    table = build_table(scheduler, STEPS, sampler=sampler, guidance_scale=GUIDANCE)
     ids = token_ids(tokenizer, [""] * len(prompts) + list(prompts)).to(device)
     shape = (len(prompts), model.unet.config.latent_channels, side, side)
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from fastldm.training.config import TrainConfig
-from fastldm.training.fit import FitSettings, Loss, fit
+from fastldm.training.fit import FitSettings, Loss, Memory, fit
 from fastldm.training.parallel import ALONE, Workers
 
 
@@ -36,6 +36,7 @@ class Session:
         seed: int,
         sample: Callable[[int], None] | None = None,
         critic: nn.Module | None = None,
+        memory: Memory | None = None,
     ) -> None:
         """`fastldm.training.fit.fit` in this run's folder, its seeds counted from the run's."""
         fit(
@@ -51,4 +52,5 @@ class Session:
             sample=sample,
             tensorboard=self.config.tensorboard,
             critic=critic,
+            memory=memory,
         )

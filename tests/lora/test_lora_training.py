@@ -14,6 +14,7 @@ from torch import Tensor
 import fastldm
 from fastldm.checkpoint.lora import read_lora
 from fastldm.errors import InvalidArgument, NonFiniteOutput
+from fastldm.models.unet import UNet
 from fastldm.training.fit import FitSettings
 from fastldm.training.lora import ATTENTION, TEXT_ATTENTION, LoraSettings, train_lora
 
@@ -80,6 +81,20 @@ def test_what_is_written_is_what_was_trained(
         other = parts[module]
         assert torch.equal(change.up, other.up) and torch.equal(change.down, other.down)
         assert change.scale == other.scale
+
+
+def test_a_model_that_learnt_its_variance_learns_on_with_it(
+    pipe: fastldm.Pipeline, data: list[tuple[Tensor, str]], tmp_path: Path
+) -> None:
+    """L_hybrid reaches both halves of what comes out: the prediction and the place of the variance."""
+    torch.manual_seed(3)
+    config = replace(pipe.components.unet.config, out_channels=8, learned_variance=True)
+    scheduler = replace(pipe.components.scheduler, variance_type="learned_range")
+    components = replace(pipe.components, unet=UNet(config), scheduler=scheduler)
+    settings = LoraSettings(replace(FIT, steps=2), rank=3, targets=("conv_out",))
+    train_lora(components, data, settings, tmp_path, tmp_path / "lora", report=quiet)
+    [change] = read_lora(tmp_path / "lora", {"unet": components.unet}).changes.values()
+    assert (change.up.reshape(2, 4, -1).abs().amax((1, 2)) > 0).all()
 
 
 def test_the_names_are_those_of_peft(

@@ -4,9 +4,7 @@ threads.
 
 from __future__ import annotations
 
-import copy
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -209,14 +207,3 @@ def test_long_prompts_and_their_negatives_run(pipe: fastldm.Pipeline) -> None:
     mixed = pipe.generate([long, "a cat"], seed=[1, 2], output_type="np", **FAST)
     alone = pipe.generate("a cat", seed=2, output_type="np", **FAST)
     assert np.abs(mixed.images[1] - alone.images[0]).max() <= 1e-4
-
-
-def test_a_sampler_of_learned_variance_is_refused(pipe: fastldm.Pipeline) -> None:
-    """Slots draw noise of the table's own size only; ddim needs no variance."""
-    other = copy.copy(pipe)
-    scheduler = replace(pipe.components.scheduler, variance_type="learned_range")
-    other.components = replace(pipe.components, scheduler=scheduler)
-    with pytest.raises(fastldm.InvalidArgument, match="learned variance"):
-        other.generate("a cat", sampler="ddpm", **FAST)
-    same = {"sampler": "ddim", "output_type": "latent", **FAST}
-    assert torch.equal(other.generate("a cat", **same).images, pipe.generate("a cat", **same).images)
