@@ -18,7 +18,7 @@ from fastldm.bench.reproduction import cells, command, nets
 from fastldm.bench.reproduction.cells import Bits, Reconstruct, Renders, Results, Sample, Train
 from fastldm.bench.reproduction.lab import Lab, OutOfTime, Sampling
 from fastldm.bench.reproduction.nets import Denoiser, Model
-from fastldm.bench.reproduction.settings import FACTORS, Settings, Shape
+from fastldm.bench.reproduction.settings import FACTORS, FirstStage, Settings, Shape
 from fastldm.bench.reproduction.statistics import Bar, estimate, precision_recall
 from fastldm.bench.reproduction.tables import STEPS, TABLES, Found, plan
 from fastldm.bench.reproduction.world import World, pictures, shrunk
@@ -67,7 +67,7 @@ def lab(reader: Judge, tmp_path: Path) -> Lab:
 def long(settings: Settings, steps: int) -> Settings:
     """Budgets that pay for so many steps at f = 4."""
     one = nets.diffusion_flops(settings, Model()) * 3 * 2
-    vae = nets.autoencoder_flops(settings, 4, False) * 3 * 2
+    vae = nets.autoencoder_flops(settings, FirstStage(4)) * 3 * 2
     settings = replace(settings, sample_batch=2)
     return replace(settings, diffusion_flops=float(steps * one), autoencoder_flops=float(steps * vae))
 
@@ -102,9 +102,9 @@ def test_nets_are_small_and_budgets_equal() -> None:
 def test_flops_are_counted() -> None:
     """Four times the pixels cost an autoencoder four times as much; conv_in has 2 · 4 · 9 · 16 · 64."""
     assert nets.diffusion_flops(Settings(), Model(32)) > 2 * 4 * 9 * 16 * 64
-    for quantised in (False, True):
-        one = nets.autoencoder_flops(TINY, 4, quantised)
-        assert nets.autoencoder_flops(replace(TINY, side=64), 4, quantised) == 4 * one > 0
+    for stage in (FirstStage(4), FirstStage(4, quantised=True)):
+        one = nets.autoencoder_flops(TINY, stage)
+        assert nets.autoencoder_flops(replace(TINY, side=64), stage) == 4 * one > 0
 
 
 def test_the_world_is_the_same_each_time_and_has_every_class() -> None:
@@ -197,21 +197,23 @@ def test_a_broken_cell_leaves_the_file_and_the_others_go_on(
     lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kept = results(tmp_path)
-    assert cells.run([Reconstruct(4, False, 0)], lab, kept, lambda: FACTS) == []
+    assert cells.run([Reconstruct(FirstStage(4), 0)], lab, kept, lambda: FACTS) == []
     before = kept.file.read_bytes()
 
     def breaks(self: Reconstruct, lab: Lab) -> dict[str, object]:
-        if self.factor == 8:
+        if self.stage.factor == 8:
             raise NonFiniteOutput("the loss is nan")
         return {"psnr": 20.0} if self.seed == 0 else {"psnr": math.nan}
 
     monkeypatch.setattr(Reconstruct, "measure", breaks)
-    failed = cells.run([Reconstruct(8, False, 0)], lab, kept, lambda: FACTS)
+    failed = cells.run([Reconstruct(FirstStage(8), 0)], lab, kept, lambda: FACTS)
     assert failed == ["kl-f8, seed 0: the loss is nan"] and kept.file.read_bytes() == before
-    failed = cells.run([Reconstruct(8, False, 0), Reconstruct(32, False, 0)], lab, kept, lambda: FACTS)
+    failed = cells.run(
+        [Reconstruct(FirstStage(8), 0), Reconstruct(FirstStage(32), 0)], lab, kept, lambda: FACTS
+    )
     assert len(failed) == 1 and [row["cell"] for row in kept.rows] == ["kl-f4", "kl-f32"]
     before = kept.file.read_bytes()
-    failed = cells.run([Reconstruct(32, False, 1)], lab, kept, lambda: FACTS)
+    failed = cells.run([Reconstruct(FirstStage(32), 1)], lab, kept, lambda: FACTS)
     assert len(failed) == 1 and "psnr: NaN or Inf" in failed[0] and kept.file.read_bytes() == before
 
 

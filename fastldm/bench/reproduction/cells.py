@@ -15,7 +15,7 @@ from torch import Tensor
 from fastldm.bench.reproduction import nets
 from fastldm.bench.reproduction.lab import Lab, Sampling
 from fastldm.bench.reproduction.nets import Model
-from fastldm.bench.reproduction.settings import Settings
+from fastldm.bench.reproduction.settings import FirstStage, Settings
 from fastldm.bench.reproduction.statistics import precision_recall
 from fastldm.checkpoint.atomic import replacing
 from fastldm.errors import CheckpointError, FastLDMError, NonFiniteOutput
@@ -42,22 +42,21 @@ class Cell(Protocol):
 class Reconstruct:
     """Train an autoencoder; the PSNR of what it gives back, and how far that is from the renders."""
 
-    factor: int
-    quantised: bool
+    stage: FirstStage
     seed: int
 
     @property
     def name(self) -> str:
-        return f"{'vq' if self.quantised else 'kl'}-f{self.factor}"
+        return self.stage.name
 
     def flops(self, settings: Settings) -> tuple[float, float]:
-        one = nets.autoencoder_flops(settings, self.factor, self.quantised)
+        one = nets.autoencoder_flops(settings, self.stage)
         return settings.autoencoder_flops, float(one * settings.samples)
 
     def measure(self, lab: Lab) -> dict[str, Any]:
-        back = lab.reconstructions(self.factor, self.seed, self.quantised)
+        back = lab.reconstructions(self.stage, self.seed)
         return {
-            "psnr": lab.psnr(self.factor, self.seed, self.quantised),
+            "psnr": lab.psnr(self.stage, self.seed),
             "distance": frechet_distance(lab.reference, back),
         }
 
@@ -108,7 +107,7 @@ class Sample:
 
     def measure(self, lab: Lab) -> dict[str, Any]:
         made = lab.samples(self.model, self.sampling, self.seed)
-        reachable = lab.reconstructions(self.model.factor, self.seed)
+        reachable = lab.reconstructions(FirstStage(self.model.factor), self.seed)
         return _compared(reachable, made.features, made.right) | {
             "distance_to_renders": frechet_distance(lab.reference, made.features),
             "pictures_a_second": len(made.features) / made.seconds,

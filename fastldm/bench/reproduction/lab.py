@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastldm.bench.reproduction import nets
 from fastldm.bench.reproduction.nets import OBJECTIVES, Denoiser, Model
-from fastldm.bench.reproduction.settings import Settings
+from fastldm.bench.reproduction.settings import FirstStage, Settings
 from fastldm.bench.reproduction.world import NULL, World, enlarged, pictures
 from fastldm.checkpoint.atomic import replacing
 from fastldm.diffusion import Chain, Criterion, bits_per_dimension, build_table, sample, unit_noise
@@ -83,7 +83,7 @@ class Lab:
         self.folder = folder / settings.digest()
         self.judged = self.folder / judge_name
         self._latents: tuple[tuple[int, int], tuple[Tensor, Tensor, float]] | None = None
-        self._reconstructed: tuple[tuple[int, int, bool], Tensor] | None = None
+        self._reconstructed: tuple[tuple[FirstStage, int], Tensor] | None = None
 
     def check_time(self) -> None:
         if time.monotonic() >= self.deadline:
@@ -99,16 +99,15 @@ class Lab:
         """The features of renders that samples are held against."""
         return self.judge.features(enlarged(self.world.reference.images))
 
-    def reconstructions(self, factor: int, seed: int, quantised: bool = False) -> Tensor:
+    def reconstructions(self, stage: FirstStage, seed: int) -> Tensor:
         """The features of these renders as an autoencoder gives them back, the best that a model of its
         latents can do; of pixels, the renders'.
         """
-        if factor == 1:
+        if stage.factor == 1:
             return self.reference
-        key = factor, seed, quantised
-        if self._reconstructed is None or self._reconstructed[0] != key:
-            back = given_back(self.autoencoder(*key), self.world.reference.images, batch=50)
-            self._reconstructed = key, self.judge.features(enlarged(back))
+        if self._reconstructed is None or self._reconstructed[0] != (stage, seed):
+            back = given_back(self.autoencoder(stage, seed), self.world.reference.images, batch=50)
+            self._reconstructed = (stage, seed), self.judge.features(enlarged(back))
         return self._reconstructed[1]
 
     def renders(self, seed: int) -> tuple[Tensor, Tensor]:
@@ -118,11 +117,11 @@ class Lab:
         more = pictures(self.settings.samples, self.settings.side, _RENDERS + seed)
         return self._judged(more.images, more.labels)
 
-    def autoencoder(self, factor: int, seed: int, quantised: bool = False) -> AutoencoderKL | VQModel:
+    def autoencoder(self, stage: FirstStage, seed: int) -> AutoencoderKL | VQModel:
         """Trained from a seed, or as it was kept."""
         settings = self.settings
-        vae = nets.new_autoencoder(settings, factor, quantised, seed)
-        flops = nets.autoencoder_flops(settings, factor, quantised)
+        vae = nets.new_autoencoder(settings, stage, seed)
+        flops = nets.autoencoder_flops(settings, stage)
         batch = settings.autoencoder_batch
         images = self.world.training.images
 
@@ -137,14 +136,13 @@ class Lab:
             decoded = vae.decode(posterior.sample(noise))
             return reconstruction_loss(given, decoded) + KL_WEIGHT * posterior.kl().mean()
 
-        name = f"{'vq' if quantised else 'kl'}-f{factor}-seed{seed}"
         steps = nets.steps_of(settings.autoencoder_flops, flops, batch)
-        self._fit(name, vae, loss, steps, batch, seed)
+        self._fit(f"{stage.name}-seed{seed}", vae, loss, steps, batch, seed)
         return vae
 
-    def psnr(self, factor: int, seed: int, quantised: bool) -> float:
+    def psnr(self, stage: FirstStage, seed: int) -> float:
         """Of an autoencoder's reconstructions of the renders that no training sees, in dB."""
-        vae, images = self.autoencoder(factor, seed, quantised), self.world.reference.images
+        vae, images = self.autoencoder(stage, seed), self.world.reference.images
         return float(psnr(images, given_back(vae, images, batch=50)).mean())
 
     def latents(self, factor: int, seed: int) -> tuple[Tensor, Tensor, float]:
@@ -153,7 +151,7 @@ class Lab:
             clean = to_model(self.world.training.images)
             return clean, torch.zeros(1).expand_as(clean), 1.0
         if self._latents is None or self._latents[0] != (factor, seed):
-            vae = self.autoencoder(factor, seed)
+            vae = self.autoencoder(FirstStage(factor), seed)
             assert isinstance(vae, AutoencoderKL)
             means, deviations = encode_all(vae, self.world.training.images)
             scale = 1 / float(means.std())
@@ -250,7 +248,7 @@ class Lab:
         """Labels [n] and a generator → pictures uint8 [n, side, side, 3]."""
         settings, scale = self.settings, self.latents(model.factor, seed)[2]
         net = self.denoiser(model, seed).to(torch.bfloat16)
-        vae = self.autoencoder(model.factor, seed) if model.factor > 1 else None
+        vae = self.autoencoder(FirstStage(model.factor), seed) if model.factor > 1 else None
         config, channels = model.scheduler(settings), settings.shape(model.factor).channels
         uses = model.learned and sampling.learned and sampling.sampler == "ddpm"
         if model.learned and not uses:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastldm.bench.reproduction.settings import Settings
+from fastldm.bench.reproduction.settings import FirstStage, Settings
 from fastldm.bench.reproduction.world import CLASSES
 from fastldm.diffusion import Objective, SchedulerConfig
 from fastldm.models.layers import channels_last
@@ -76,10 +76,10 @@ def new_denoiser(settings: Settings, model: Model, seed: int) -> Denoiser:
     return Denoiser(settings, model)
 
 
-def new_autoencoder(settings: Settings, factor: int, quantised: bool, seed: int) -> AutoencoderKL | VQModel:
+def new_autoencoder(settings: Settings, stage: FirstStage, seed: int) -> AutoencoderKL | VQModel:
     """The first stage of a seed, before training."""
     torch.manual_seed(seed)
-    config = settings.autoencoder(factor, quantised)
+    config = settings.autoencoder(stage)
     if isinstance(config, VQConfig):
         return channels_last(VQModel(config))
     assert isinstance(config, VAEConfig)
@@ -101,9 +101,9 @@ def diffusion_flops(settings: Settings, model: Model) -> int:
 
 
 @cache
-def autoencoder_flops(settings: Settings, factor: int, quantised: bool) -> int:
+def autoencoder_flops(settings: Settings, stage: FirstStage) -> int:
     """Of one picture there and back."""
-    config = settings.autoencoder(factor, quantised)
+    config = settings.autoencoder(stage)
     with torch.device("meta"):
         vae = VQModel(config) if isinstance(config, VQConfig) else AutoencoderKL(config)  # type: ignore[arg-type]
         x = torch.zeros(1, 3, settings.side, settings.side)

@@ -24,6 +24,22 @@ class Shape:
 
 
 @dataclass(frozen=True)
+class FirstStage:
+    """An autoencoder: its factor, whether it has a codebook, its latents' channels, None: as many as Shape
+    says.
+    """
+
+    factor: int
+    quantised: bool = False
+    channels: int | None = None
+
+    @property
+    def name(self) -> str:
+        said = f"{'vq' if self.quantised else 'kl'}-f{self.factor}"
+        return said if self.channels is None else f"{said}-c{self.channels}"
+
+
+@dataclass(frozen=True)
 class Settings:
     """One reproduction; rows of different settings are never compared. Budgets are of one training run."""
 
@@ -73,17 +89,17 @@ class Settings:
             sample_size=self.side // factor,
         )
 
-    def autoencoder(self, factor: int, quantised: bool) -> AutoencoderConfig:
-        """The first stage at a factor; widths double up to four times the first one."""
-        levels = factor.bit_length()
+    def autoencoder(self, stage: FirstStage) -> AutoencoderConfig:
+        """A first stage; widths double up to four times the first one."""
+        levels = stage.factor.bit_length()
         widths = tuple(self.autoencoder_width * min(2**level, 4) for level in range(levels))
         shared = {
             "block_out_channels": widths,
             "layers_per_block": 1,
             "norm_num_groups": 4,
-            "latent_channels": self.shape(factor).channels,
+            "latent_channels": stage.channels or self.shape(stage.factor).channels,
             "mid_block_add_attention": False,
         }
-        if quantised:
+        if stage.quantised:
             return VQConfig(num_vq_embeddings=self.codes, **shared)  # type: ignore[arg-type]
         return VAEConfig(scaling_factor=1.0, **shared)  # type: ignore[arg-type]

@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 from fastldm.bench.reproduction.cells import Bits, Cell, Reconstruct, Renders, Results, Sample, Train
 from fastldm.bench.reproduction.lab import Sampling
 from fastldm.bench.reproduction.nets import OBJECTIVES, Model
-from fastldm.bench.reproduction.settings import FACTORS
+from fastldm.bench.reproduction.settings import FACTORS, FirstStage
 from fastldm.bench.reproduction.statistics import Bar, Estimate, estimate
 
 STEPS = (10, 20, 50, 250)
+WIDE = FirstStage(8, channels=16)  # as many as SD3's autoencoder has
 FEW = 20  # steps, where their number is not the question
 ETAS = (0.0, 1.0)
 SCALES = (1.0, 1.5, 2.0, 3.0, 5.0)
@@ -140,8 +141,9 @@ def tradeoff(found: Found, pixel: bool) -> Table:
     Distances are those to renders, to which the autoencoder adds its own.
     """
     at = {factor: sampled(Model(factor), FEW) for factor in FACTORS}
-    kl = {factor: Reconstruct(factor, False, 0) for factor in FACTORS[1:]}
-    vq = {factor: Reconstruct(factor, True, 0) for factor in FACTORS[1:3]}
+    kl = {factor: Reconstruct(FirstStage(factor), 0) for factor in FACTORS[1:]}
+    vq = {factor: Reconstruct(FirstStage(factor, True), 0) for factor in FACTORS[1:3]}
+    wide = Reconstruct(WIDE, 0)
     rows = [
         (
             f"f = {factor}",
@@ -153,6 +155,16 @@ def tradeoff(found: Found, pixel: bool) -> Table:
         )
         for factor, cell in at.items()
     ]
+    rows.append(
+        (
+            f"f = {WIDE.factor}, {WIDE.channels} channels",
+            "",
+            found.text(wide, "distance"),
+            "",
+            found.text(wide, "psnr"),
+            "",
+        )
+    )
     rows.append(("renders", found.text(Renders(0), "distance"), "", "", "", ""))
     middle = [at[4], at[8]]
     speed = found.ratio(at[4], at[1], "pictures_a_second")
@@ -176,6 +188,8 @@ def tradeoff(found: Found, pixel: bool) -> Table:
     bars += [
         Bar(f"3: f = {f}, PSNR of KL - VQ, dB", found.difference(kl[f], vq[f], "psnr"), 0.0, True) for f in vq
     ]
+    says = f"3: f = {WIDE.factor}, PSNR of {WIDE.channels} channels - fewer, dB"
+    bars.append(Bar(says, found.difference(wide, kl[WIDE.factor], "psnr"), 0.0, True))
     title = f"Compression at equal computation, {FEW} steps of DDIM; distances to renders"
     lines = {
         "samples": found.line([(float(f), cell) for f, cell in at.items()], "distance_to_renders"),
@@ -289,7 +303,8 @@ def plan(table: str, seeds: int, pixel: bool = False) -> list[Cell]:
             ]
         elif table == "tradeoff":
             measured = [Sample(Model(factor), Sampling(FEW), seed) for factor in FACTORS]
-            measured += [Reconstruct(factor, True, seed) for factor in FACTORS[1:3]]
+            stages = [FirstStage(factor, quantised=True) for factor in FACTORS[1:3]] + [WIDE]
+            measured += [Reconstruct(stage, seed) for stage in stages]
         elif table == "objectives":
             measured = [
                 Sample(model, Sampling(steps, **options), seed)  # type: ignore[arg-type]
@@ -302,7 +317,7 @@ def plan(table: str, seeds: int, pixel: bool = False) -> list[Cell]:
         models = dict.fromkeys(cell.model for cell in measured if isinstance(cell, Sample | Bits))
         for model in models:
             if model.factor > 1:
-                cells.append(Reconstruct(model.factor, False, seed))
+                cells.append(Reconstruct(FirstStage(model.factor), seed))
             cells.append(Train(model, seed))
         cells += measured
     return list(dict.fromkeys(cells))
