@@ -54,6 +54,7 @@ class Report:
     pictures: int
     categories: dict[str, float]
     overall: float
+    found: float  # of the objects that the first six categories ask for
     distance: float
     floor: float  # the same distance between renders and renders
     distance_pictures: int
@@ -65,6 +66,7 @@ class Report:
             lines.append(_line(name, share, self.pictures))
         lines += [
             _line("overall of the first six", self.overall, self.pictures * len(GENEVAL)),
+            f"  {self.found:.1%} of the objects that the first six ask for are there, whatever else is",
             f"  Fréchet distance {self.distance:.2f}, between renders {self.floor:.2f}; "
             f"{self.distance_pictures} pictures from captions",
             f"  {'renders':24}  objects and pictures read right; pictures after the autoencoder, and PSNR",
@@ -124,11 +126,9 @@ def measure(
     styles = {style: style_report(reader, pipe, style, number) for style in STYLES}
     asked = {i: question for i, question in enumerate(questions()) if i % PER_CATEGORY % every == 0}
     readings = reader.read(draw([question.prompt for question in asked.values()], list(asked)))
-    right = Counter(
-        question.category
-        for question, reading in zip(asked.values(), readings, strict=True)
-        if question.is_right(reading)
-    )
+    answers = list(zip(asked.values(), readings, strict=True))
+    right = Counter(question.category for question, reading in answers if question.is_right(reading))
+    found = [question.found(reading) for question, reading in answers if question.category in GENEVAL]
     shares = {name: right[name] / number for name in CATEGORIES}
     pictures = len(range(0, DISTANCE_PICTURES, every))
     distance, floor = _distances(reader, draw, pictures)
@@ -137,6 +137,7 @@ def measure(
         pictures=number,
         categories=shares,
         overall=sum(shares[name] for name in GENEVAL) / len(GENEVAL),
+        found=sum(found) / len(found),
         distance=distance,
         floor=floor,
         distance_pictures=pictures,

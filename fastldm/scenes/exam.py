@@ -16,6 +16,7 @@ import numpy as np
 
 from fastldm.scenes.captions import phrase
 from fastldm.scenes.judge import Reading
+from fastldm.scenes.marks import Pair
 from fastldm.scenes.palette import (
     ALL_PAIRS,
     COLOURS,
@@ -82,17 +83,29 @@ class Question:
         for fact in ("style", "background", "sky"):
             if getattr(self, fact) not in (None, getattr(reading, fact)):
                 return False
-        coloured = all(thing.colour is not None for thing in self.things)
-        seen = Counter((o.kind, o.colour if coloured else None) for o in reading.objects)
-        asked: Counter[tuple[str | None, str | None]] = Counter()
-        for thing in self.things:
-            asked[thing.kind, thing.colour] += thing.count
+        asked, seen = self._asked_and_seen(reading)
         if seen != asked or any(o.colour is None for o in reading.objects):
             return False
         if self.related is None:
             return True
         first, second = (next(o for o in reading.objects if o.kind == thing.kind) for thing in self.things)
         return relation(first, second) == self.related
+
+    def found(self, reading: Reading) -> float:
+        """The share of the objects asked for that are there, of their kind and, where one was named, in their
+        colour; whatever else is there. It tells of progress long before whole pictures are right.
+        """
+        asked, seen = self._asked_and_seen(reading)
+        return (asked & seen).total() / asked.total()
+
+    def _asked_and_seen(self, reading: Reading) -> tuple[Counter[Pair], Counter[Pair]]:
+        """How often each kind in each colour; in none where a thing may have any."""
+        coloured = all(thing.colour is not None for thing in self.things)
+        seen = Counter[Pair]((o.kind, o.colour if coloured else None) for o in reading.objects)
+        asked = Counter[Pair]()
+        for thing in self.things:
+            asked[thing.kind, thing.colour] += thing.count
+        return asked, seen
 
 
 def questions(per_category: int = PER_CATEGORY, seed: int = 2024) -> list[Question]:

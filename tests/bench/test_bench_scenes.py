@@ -88,6 +88,7 @@ def test_who_draws_what_is_asked_has_full_marks(judge: Judge, monkeypatch: pytes
     print(report)
     assert list(report.categories) == list(CATEGORIES) and report.pictures == 10
     assert min(report.categories.values()) >= 0.9 and report.overall >= 0.97
+    assert report.found >= 0.97
     assert report.overall == pytest.approx(sum(report.categories[name] for name in GENEVAL) / 6)
     assert 0 < report.distance < 2 * report.floor  # renders too, of as many pictures
     for style in report.styles.values():
@@ -99,6 +100,7 @@ def test_who_draws_what_is_asked_has_full_marks(judge: Judge, monkeypatch: pytes
 def test_who_draws_something_else_has_none(judge: Judge, monkeypatch: pytest.MonkeyPatch) -> None:
     report = measured(monkeypatch, Double(shift=105))
     assert report.overall <= 0.1 and max(report.categories.values()) <= 0.2
+    assert report.overall <= report.found <= 0.3
 
 
 def test_a_judge_that_cannot_read_renders_judges_nothing() -> None:

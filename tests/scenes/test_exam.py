@@ -6,6 +6,7 @@ from collections import Counter
 from dataclasses import replace
 
 import numpy as np
+import pytest
 
 from fastldm.scenes import HELD_OUT_PAIRS, HELD_OUT_TRIPLES, VOCABULARY, caption, draw_scene
 from fastldm.scenes.captions import MAX_WORDS, words
@@ -96,6 +97,22 @@ def test_only_the_exact_picture_is_right() -> None:
             assert question.is_right(replace(right, background="snow", sky="day")) == (
                 question.sky is None or (question.background, question.sky) == ("snow", "day")
             )
+
+
+def test_what_is_found_counts_whatever_stands_beside_it() -> None:
+    for question in ASKED:
+        right = answer(question)
+        first, *rest = right.objects
+        share = 1 / len(right.objects)
+        for seen, want in (
+            (right.objects, 1.0),
+            ([*right.objects, first, replace(first, kind=None)], 1.0),
+            (rest, 1 - share),
+            ([replace(first, kind=None), *rest], 1 - share),
+            ([], 0.0),
+        ):
+            found = question.found(replace(right, objects=tuple(seen), background="snow"))
+            assert found == pytest.approx(want), question
 
 
 def test_colours_go_with_their_kinds() -> None:
