@@ -13,7 +13,7 @@ from torch import nn
 
 from fastldm.diffusion import Criterion, Objective, SchedulerConfig
 from fastldm.errors import CheckpointError, NonFiniteOutput
-from fastldm.training.fit import Average, FitSettings, fit
+from fastldm.training.fit import Average, FitSettings, fit, numbered_generator
 
 
 def problem(steps: int, **changes: object) -> tuple[nn.Module, FitSettings]:
@@ -49,6 +49,20 @@ def test_resume_equals_an_unbroken_run_to_the_bit(tmp_path: Path) -> None:
     nn.init.zeros_(fresh.weight)
     fit("it", fresh, loss_of(fresh), settings, tmp_path / "b", 1, str)
     assert torch.equal(fresh.weight, unbroken.weight) and torch.equal(fresh.bias, unbroken.bias)
+
+
+def test_each_seed_draws_its_own(tmp_path: Path) -> None:
+    """From the same weights on; PyTorch's generators read the low 32 bits of a seed alone."""
+    ends = []
+    for seed in (0, 1, 2, 2**32 - 1):
+        module, settings = problem(5)
+        fit("it", module, loss_of(module), settings, tmp_path / str(seed), seed, str)
+        ends.append(module.weight.detach())
+    assert all(not torch.equal(a, b) for i, a in enumerate(ends) for b in ends[:i])
+    starts = sorted(numbered_generator(seed, 0).initial_seed() for seed in range(50))
+    assert min(b - a for a, b in zip(starts, starts[1:], strict=False)) > 10_000_000
+    first, again = (torch.randn(3, generator=numbered_generator(3, 7)) for _ in range(2))
+    assert torch.equal(first, again)
 
 
 def test_what_the_loss_remembers_is_resumed_too(tmp_path: Path) -> None:

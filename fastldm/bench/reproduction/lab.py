@@ -24,7 +24,7 @@ from fastldm.scenes import KINDS
 from fastldm.scenes.judge import Judge
 from fastldm.training.autoencoder import encode_all, reconstruction_loss
 from fastldm.training.data import to_model
-from fastldm.training.fit import FitSettings, fit
+from fastldm.training.fit import FitSettings, fit, numbered_generator
 from fastldm.training.reconstruction import given_back, psnr, to_pixels
 
 KL_WEIGHT = 1e-6
@@ -222,7 +222,7 @@ class Lab:
                 continue
             self.check_time()
             began = time.perf_counter()
-            images = draw(part, torch.Generator().manual_seed((seed << 32) + number))
+            images = draw(part, numbered_generator(seed, number))
             kept["seconds"] += time.perf_counter() - began
             features, right = self._judged(images, part)
             kept["features"].append(features)
@@ -293,7 +293,7 @@ class Lab:
         for number, rows in enumerate(torch.arange(len(images)).split(settings.bound_batch)):
             self.check_time()
             x0, shown = to_model(images[rows]), labels[rows]
-            noise = unit_noise(x0, torch.Generator().manual_seed((seed << 32) + number))
+            noise = unit_noise(x0, numbered_generator(seed, number))
             found = bits_per_dimension(partial(_asked, net, shown), x0, chain, noise, clamp=1.0)
             terms.append(found.terms)
             errors.append(found.x0_mse)
