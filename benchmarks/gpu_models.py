@@ -12,6 +12,7 @@ from dataclasses import asdict
 from typing import Any
 
 from benchmarks import bars
+from fastldm.bench import contenders
 from fastldm.bench.command import measure
 from fastldm.bench.race import Row, Table
 
@@ -50,7 +51,10 @@ RACING = 0.25  # of a part's time; the rest goes into loading, compiling and the
 def run(part: str, budget: float, add: Callable[[dict[str, Any]], None], **changes: Any) -> None:
     """Run a part of `PARTS` in about `budget` seconds, telling `add` each table as it is ready."""
     asked = {"dtype": "bf16", "device": "cuda", "minutes": RACING * budget / 60, **PARTS[part], **changes}
+    absent = {name: contenders.missing(contenders.CONTENDERS[name]) for name in asked["contenders"]}
+    asked["contenders"] = [name for name, why in absent.items() if why is None]
     for table in measure(**asked):
+        table.notes.extend(f"{name} is missing: {why}" for name, why in absent.items() if why is not None)
         judged = (
             bars.of_cold(table, on_gpu=True)
             if "cold" in asked["parts"]

@@ -100,10 +100,9 @@ def _default(model: str) -> Pipeline:
 
 
 def _device(given: str | torch.device | None) -> torch.device:
-    if given is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """The device, with its number: which one "cuda" is differs from thread to thread."""
     try:
-        device = torch.device(given)
+        device = torch.device(given or ("cuda" if torch.cuda.is_available() else "cpu"))
     except (RuntimeError, TypeError):
         device = torch.device("meta")
     if device.type not in ("cpu", "cuda"):
@@ -112,6 +111,8 @@ def _device(given: str | torch.device | None) -> torch.device:
         raise InvalidArgument(
             "device", given, f"a device of this machine, which has {torch.cuda.device_count()} CUDA devices"
         )
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
     return device
 
 

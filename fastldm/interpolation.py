@@ -81,7 +81,8 @@ def _noise(pipe: Pipeline, seed: int, request: Request) -> Tensor:
     """The noise from which `generate` starts an image of this seed: [C, h, w]."""
     limits, draw = pipe.limits, torch.Generator("cpu").manual_seed(seed)
     cells = (request.height // limits.factor, request.width // limits.factor)
-    return torch.randn((1, limits.latent_channels, *cells), generator=draw)[0]
+    shape = (1, limits.latent_channels, *cells)
+    return torch.randn(shape, generator=draw, dtype=torch.float32, device="cpu")[0]
 
 
 def _along(keys: Sequence[Tensor], count: int, between: Callable[[Tensor, Tensor, float], Tensor]) -> Tensor:

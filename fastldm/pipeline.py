@@ -298,7 +298,7 @@ class Pipeline:
         """Unit noise float32 of a shape, each image's from its own CPU generator, so that it depends on
         nothing but the seed.
         """
-        drawn = [torch.randn((1, *shape), generator=generator) for generator in generators]
+        drawn = [torch.randn((1, *shape), generator=g, dtype=torch.float32, device="cpu") for g in generators]
         return to_device(torch.cat(drawn), self.device)
 
     def condition(

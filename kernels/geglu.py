@@ -73,12 +73,12 @@ def geglu_kernel(
         top, left_edge = (first + within % height) * ROWS, within // height * COLUMNS
         for done in range(0, channels, DEPTH):
             left = x.load([top, done])
-            hidden = tl.dot(left, weight.load([left_edge, done]).T, hidden)
-            gate = tl.dot(left, weight.load([width + left_edge, done]).T, gate)
+            hidden = tl.dot(left, weight.load([left_edge, done]).T, hidden, input_precision="ieee")
+            gate = tl.dot(left, weight.load([width + left_edge, done]).T, gate, input_precision="ieee")
     else:
         at_x = x + row.to(tl.int64)[:, None] * channels + depth[None, :]
         at_hidden = weight + column.to(tl.int64)[None, :] * channels + depth[:, None]
-        at_gate = at_hidden + width.to(tl.int64) * channels
+        at_gate = at_hidden + tl.full((), width, tl.int64) * channels  # a width of 1 is a constant
         for done in range(0, channels, DEPTH):
             if WHOLE:
                 left = tl.load(at_x, mask=row_inside[:, None], other=0.0)

@@ -109,6 +109,20 @@ def test_a_part_for_models_on_a_gpu_runs_and_is_read_back(tmp_path: Path) -> Non
     assert gpu.wrong(kept) == ["sd21-step: fastldm wrong: error 1"]
 
 
+def test_a_part_for_models_does_without_who_is_not_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fastldm.bench import contenders
+
+    absent = {contenders.CONTENDERS["eager"]: "diffusers not installed"}
+    monkeypatch.setattr(contenders, "missing", absent.get)
+    kept: list[dict[str, object]] = []
+    small = {"device": "cpu", "model": "default", "rounds": 1, "dtype": "fp32"}
+    gpu_models.run("sd21-step", 0.0, kept.append, contenders=["fastldm", "eager"], **small)
+    assert kept[0]["rows"].keys() == {"fastldm"}  # type: ignore[attr-defined]
+    assert "eager is missing: diffusers not installed" in kept[0]["notes"]  # type: ignore[operator]
+
+
 def test_every_part_for_models_names_what_there_is() -> None:
     from fastldm.bench import command, contenders, parts
     from fastldm.presets import PRESETS

@@ -130,7 +130,15 @@ template <typename E>
 cudaError_t start(const GroupNormSilu& a, cudaStream_t stream) {
     const auto kernel = group_norm_silu<E>;
     const auto shared = static_cast<int>(bytes<E>(a));
-    cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+    // The most there is, whatever this call needs: threads launch side by side, and the limit is the function's.
+    int device = 0, most = 0;
+    cudaError_t error = cudaGetDevice(&device);
+    if (error == cudaSuccess) {
+        error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    }
+    if (error == cudaSuccess) {
+        error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
+    }
     if (error != cudaSuccess) return error;
     cudaLaunchAttribute cluster{};
     cluster.id = cudaLaunchAttributeClusterDimension;

@@ -108,5 +108,5 @@ def weigh(embedding: Tensor, weights: tuple[float, ...]) -> Tensor:
     if all(weight == 1 for weight in weights):
         return embedding
     before = embedding.float()
-    after = before * torch.tensor(weights, device=embedding.device)[:, None]
+    after = before * torch.tensor(weights, dtype=torch.float32, device=embedding.device)[:, None]
     return (after + (before.mean() - after.mean())).to(embedding.dtype)

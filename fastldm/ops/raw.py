@@ -18,6 +18,11 @@ def named(types: Collection[torch.dtype]) -> str:
     return " or ".join(str(dtype).removeprefix("torch.") for dtype in types)
 
 
+def on_cpu(*tensors: Tensor | None) -> bool:
+    """Whether all of a call's tensors are there, whose addresses a kernel is given."""
+    return all(tensor is None or tensor.is_cpu for tensor in tensors)
+
+
 def records(*tensors: Tensor | None) -> bool:
     """Whether autograd records a call with these tensors."""
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)

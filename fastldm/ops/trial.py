@@ -23,10 +23,10 @@ def run_trial(backend: str, device: str) -> None:
 
 
 def _run_all(backend: str, device: str) -> None:
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator).to(device)
+        return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu").to(device)
 
     x = normal(2, 64, 16, 16).contiguous(memory_format=torch.channels_last)
     norm = x, normal(64), normal(64), 16, 1e-5, True, normal(2, 64)
@@ -35,7 +35,7 @@ def _run_all(backend: str, device: str) -> None:
         _compare("group_norm_silu", stand_in.run(*norm), group_norm_silu.reference(*norm))
 
     slots = normal(2, 4, 8, 8), normal(2, 4, 8, 8), normal(4, 4, 8, 8), normal(4, 4, 8, 8), normal(2, 4, 8, 8)
-    table, rows = normal(2, 3, 9).abs(), torch.tensor([0, 2]).to(device)
+    table, rows = normal(2, 3, 9).abs(), torch.tensor([0, 2], device=device)
     latents, x0, model_input, out, noise = wanted = [tensor.clone() for tensor in slots]
     guided_step.reference(latents, x0, model_input, out, noise, table, rows)
     guided_step.stand_ins[backend].run(*slots, table, rows)

@@ -156,11 +156,11 @@ class Slots(Work):
             self.concat_bias = beside.to(memory_format=torch.channels_last)
         self.kept: Kept | None = None
         if like.kept is not None:
-            levels = torch.zeros(count, WINDOW + 1, 2, device=device)
+            levels = torch.zeros(count, WINDOW + 1, 2, dtype=torch.float32, device=device)
             self.kept = Kept(images()[:, :1].contiguous(), images(), images(), levels)
         self.log_variances: Tensor | None = None
         if like.log_variances is not None:
-            self.log_variances = torch.zeros(count, WINDOW + 1, 2, device=device)
+            self.log_variances = torch.zeros(count, WINDOW + 1, 2, dtype=torch.float32, device=device)
         self.time_bias = torch.zeros(count, WINDOW + 1, like.time_bias.shape[1], dtype=dtype, device=device)
         self._last_step: torch.cuda.Event | None = None
 
@@ -290,7 +290,9 @@ class Slots(Work):
         shape, pinned = (1, *self.latents.shape[1:]), self.latents.is_cuda
         for place, generator in zip(run.places, run.group.generators, strict=True):
             # Pinned memory comes from a cache that knows when its copy is over.
-            drawn = torch.randn(shape, generator=generator, pin_memory=pinned)
+            drawn = torch.randn(
+                shape, generator=generator, dtype=torch.float32, device="cpu", pin_memory=pinned
+            )
             self.noise[place].copy_(drawn[0], non_blocking=True)
 
     def _rows(self, tensor: Tensor, run: Run) -> Tensor:

@@ -231,8 +231,8 @@ def _backward(
 
 
 def numbered_generator(seed: int, number: int) -> torch.Generator:
-    """Generator `number` of a seed, on the CPU. PyTorch's reads 32 bits alone, so the numbers of one seed start
-    a golden section of them away from those of the next.
+    """Generator `number` of a seed, on the CPU. PyTorch's reads 32 bits alone; those of one seed lie a golden
+    section of them away from those of the next.
     """
     return torch.Generator().manual_seed((seed * 0x9E3779B1 + number) % 2**32)
 

@@ -180,6 +180,15 @@ def test_flags_spill_nothing_and_do_what_they_say(launch: Launch, architecture: 
     assert touched and waits < touched.start()  # nothing is read or written before
 
 
+def test_tensor_maps_keep_float32_exact() -> None:
+    """No TF32 in the products, fetched this way or that."""
+    for tma in (False, True):
+        with tuned.using({"geglu": {tuned.ANY: {"sizes": {"tma": tma}}}}):
+            (launch,) = gated(torch.float32, 64, 320)
+        assert any(name.startswith("tensordesc") for name in launch.variant.types) == tma
+        assert "tf32" not in launch.variant.compile(90).asm["ptx"]
+
+
 def test_flags_are_off_by_default() -> None:
     for launch in (*step(HALF, 8, False), *norm(HALF, *UNET[3]), *heads(HALF, 40, 77), *modulated(HALF, 320)):
         assert not launch.variant.pdl and "griddepcontrol" not in launch.variant.compile(90).asm["ptx"]

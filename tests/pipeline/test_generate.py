@@ -192,6 +192,19 @@ def test_half_precision_stays_near_float32(tiny_eps: Path, dtype: str) -> None:
     assert 0 < np.sqrt(np.mean((exact - half) ** 2)) < 0.05
 
 
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16])
+def test_the_default_dtype_of_the_process_changes_nothing(tiny_eps: Path, default: torch.dtype) -> None:
+    """Whoever embeds fastldm may have set one."""
+    asked = {"prompt": "a (red:1.4) cat", "steps": 3, "eta": 1.0, "seed": 3, "output_type": "np"}
+    want = fastldm.load(tiny_eps).generate(**asked).images
+    torch.set_default_dtype(default)
+    try:
+        made = fastldm.load(tiny_eps).generate(**asked).images
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert np.array_equal(made, want)
+
+
 def test_saved_picture_says_how_it_was_made(pipe: fastldm.Pipeline, tmp_path: Path) -> None:
     result = pipe.generate("a cat", negative_prompt="dog", num_images=2, seed=8, **FAST)
     paths = result.save(tmp_path / "cat.png")

@@ -16,7 +16,7 @@ from fastldm.ops.cpp.extension import TYPES
 from fastldm.ops.cpp.linear import unfit
 from fastldm.ops.cpp.packed import packed, unpackable
 from fastldm.ops.linear import conv2d
-from fastldm.ops.raw import records
+from fastldm.ops.raw import on_cpu, records
 
 MOST_PIXELS = 512  # of the result, over all its maps
 
@@ -36,8 +36,8 @@ def _refuses_conv2d(
 ) -> str | None:
     if torch.compiler.is_compiling():
         return "torch.compile packs weights by itself"
-    if not x.is_cpu:
-        return "x is not on the CPU"
+    if not on_cpu(x, weight, bias, residual):
+        return "a tensor is not on the CPU"
     if x.dim() != 4 or weight.dim() != 4 or x.shape[1] != weight.shape[1]:
         return "x is not [N, C, H, W], or weight not [K, C, h, w]"
     rows, outputs = x.shape[0], weight.shape[0]

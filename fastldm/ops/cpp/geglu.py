@@ -10,7 +10,7 @@ from fastldm.ops.cpp import extension
 from fastldm.ops.cpp.extension import _C, TAGS, TYPES, library, unwritten
 from fastldm.ops.cpp.linear import product, refuses_linear
 from fastldm.ops.linear import geglu
-from fastldm.ops.raw import records
+from fastldm.ops.raw import on_cpu, records
 
 STRIP = 4 << 20  # bytes of the product, for each thread, before it is gated: half of them stay in cache
 ROWS = 512  # at least: a product of fewer goes through its weight too often
@@ -45,8 +45,8 @@ def _shape_gate(x: Tensor) -> Tensor:
 
 
 def _refuses_geglu(x: Tensor, weight: Tensor, bias: Tensor) -> str | None:
-    if not x.is_cpu:
-        return "x is not on the CPU"
+    if not on_cpu(x, weight, bias):
+        return "a tensor is not on the CPU"
     if x.dtype not in TYPES or weight.dtype != x.dtype:
         return "x and weight are not both float32 or both bfloat16"
     if x.numel() == 0 or weight.dim() != 2 or weight.shape[0] == 0 or weight.shape[0] % 2:

@@ -8,7 +8,7 @@ from torch import Tensor
 from fastldm.ops.cpp import extension
 from fastldm.ops.cpp.extension import _C, TAGS, TYPES, direct, library
 from fastldm.ops.norm import layer_norm
-from fastldm.ops.raw import records
+from fastldm.ops.raw import on_cpu, records
 
 library.define(
     "cpp_layer_norm(Tensor x, Tensor? weight=None, Tensor? bias=None, float eps=1e-5, Tensor? scale=None,"
@@ -65,12 +65,12 @@ def _refuses_layer_norm(
     scale: Tensor | None = None,
     shift: Tensor | None = None,
 ) -> str | None:
-    if not x.is_cpu:
-        return "x is not on the CPU"
+    if not on_cpu(x, weight, bias, scale, shift):
+        return "a tensor is not on the CPU"
     if x.dtype not in TYPES:
         return f"x is {x.dtype}, not float32 or bfloat16"
-    if x.dim() == 0 or x.numel() == 0 or not x.is_contiguous():
-        return "x is not [..., C] in dense memory"
+    if x.dim() < 2 or x.numel() == 0 or not x.is_contiguous():
+        return "x is not rows [..., C] in dense memory"
     channels = x.shape[-1:]
     if weight is not None and bias is not None and weight.dtype != bias.dtype:
         return "weight and bias differ in dtype"

@@ -13,7 +13,7 @@ from fastldm.ops.cpp import onednn, panels
 from fastldm.ops.cpp.extension import TYPES
 from fastldm.ops.cpp.packed import packed, unpackable
 from fastldm.ops.linear import linear
-from fastldm.ops.raw import records
+from fastldm.ops.raw import on_cpu, records
 
 LEAST = 1 << 15  # weights: fewer gain less than it costs to ask
 
@@ -35,8 +35,8 @@ def refuses_linear(
     """Why the stand-in cannot take the call, or None."""
     if torch.compiler.is_compiling():
         return "torch.compile packs weights by itself"
-    if not x.is_cpu:
-        return "x is not on the CPU"
+    if not on_cpu(x, weight, bias, residual):
+        return "a tensor is not on the CPU"
     if weight.dim() != 2:
         return "weight is not [K, C]"
     outputs, width = weight.shape

@@ -16,10 +16,10 @@ LARGE = 1 << 20
 @functools.cache
 def missing(dtype: torch.dtype) -> str | None:
     """Why these operators cannot serve the dtype here, or None: each is tried once, against plain PyTorch."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator).to(dtype)
+        return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu").to(dtype)
 
     x, weight, bias, residual = normal(1, 16, 5, 6), normal(24, 16, 3, 3), normal(24), normal(1, 24, 5, 6)
     tokens, matrix, added = normal(5, 16), normal(24, 16), normal(5, 24)

@@ -80,7 +80,7 @@ def convolve(
     outputs, channels, *window = weight.shape
     maps, _, *sides = x.shape
     height, width = size
-    result = torch.empty((maps, outputs, height, width), memory_format=torch.channels_last)
+    result = _unwritten(x, maps, outputs, height, width)
     _C.convolve(
         extension.ISA,
         (result.data_ptr(), height * width * outputs, width * outputs, outputs),
@@ -101,10 +101,15 @@ def convolve(
     return result
 
 
+def _unwritten(x: Tensor, *shape: int) -> Tensor:
+    """Channels-last memory of x's type, whatever the process's default is."""
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+
+
 def enlarge(x: Tensor, packs: list[Tensor], bias: Tensor, outputs: int) -> Tensor:
     """upsample_conv from the packs of its four phases: each writes a quarter of the pixels."""
     maps, channels, height, width = x.shape
-    result = torch.empty((maps, outputs, 2 * height, 2 * width), memory_format=torch.channels_last)
+    result = _unwritten(x, maps, outputs, 2 * height, 2 * width)
     address, pixel = result.data_ptr(), outputs
     for phase, packed in enumerate(packs):
         down, right = divmod(phase, 2)
