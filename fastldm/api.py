@@ -102,7 +102,8 @@ def _default(model: str) -> Pipeline:
 def _device(given: str | torch.device | None) -> torch.device:
     """The device, with its number: which one "cuda" is differs from thread to thread."""
     try:
-        device = torch.device(given or ("cuda" if torch.cuda.is_available() else "cpu"))
+        own = "cuda" if torch.cuda.is_available() else "cpu"
+        device = torch.device(own if given is None else given)
     except (RuntimeError, TypeError):
         device = torch.device("meta")
     if device.type not in ("cpu", "cuda"):
