@@ -29,7 +29,7 @@ from fastldm.scenes.judge import WEIGHTS, Judge
 RESULTS = Path("benchmarks/results/reproduction.json")
 WORKSHOP = Path("runs/reproduction")
 SETTINGS = Settings()
-TRAINING, EVALUATION = 50e9, 65e9
+TRAINING, EVALUATION = 40e9, 85e9
 """Operations a second that one Zen 4 core does on these nets; what --dry-run estimates with."""
 
 
