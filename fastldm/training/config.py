@@ -58,7 +58,7 @@ class TrainConfig:
         scenes_drawn(self)
         section = self.autoencoder
         if self.start is not None:
-            absent(self.text, (f.name for f in fields(self.text)), "with start, whose own it is", "text.")
+            absent(self.text, (f.name for f in fields(self.text)), "with start, which has its own", "text.")
         elif section.fit is None and not section.of_pixels:
             raise InvalidArgument("autoencoder.fit", None, "a section, without a model to start from")
         if section.of_pixels and self.diffusion.reading:

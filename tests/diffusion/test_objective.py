@@ -104,8 +104,8 @@ def test_min_snr_is_finite_without_signal_and_without_noise():
     ends = torch.tensor([0.0, 1.0], dtype=torch.float64)
     assert min_snr_weight("epsilon", ends, 1 - ends, 5.0).tolist() == [1, 0]
     assert min_snr_weight("v_prediction", ends, 1 - ends, 5.0).tolist() == [1, 0]
-    assert min_snr_weight("sample", ends, 1 - ends, 5.0).tolist() == [0, 5]
-    assert min_snr_weight("flow", ends, 1 - ends, 5.0).tolist() == [0, 0]
+    assert min_snr_weight("sample", ends, 1 - ends, 5.0).tolist() == [1, 5]
+    assert min_snr_weight("flow", ends, 1 - ends, 5.0).tolist() == [1, 0]
 
 
 class Recorder:

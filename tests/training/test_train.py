@@ -63,6 +63,12 @@ def of_folder(folder: Path) -> str:
     return f'data = "{folder}/data"\nside = 32\n{text}'
 
 
+def going_on(text: str, start: Path) -> str:
+    """The same from a model on, whose text encoder it keeps."""
+    text = text[: text.index("[text]")] + text[text.index("[diffusion]") :]
+    return text.replace("seed = 3", f'seed = 4\nstart = "{start}"')
+
+
 def tiny_config(folder: Path) -> Path:
     file = folder / "tiny.toml"
     file.write_text(TINY.format(folder=folder))
@@ -103,7 +109,7 @@ def test_other_objectives_end_with_models_that_generate(
         assert pipe.generate("a fish", steps=2, sampler=name).image.size == (128, 128)
     other = "hybrid" if sampler != "ddpm" else "simple"
     plain = file.read_text().replace(f"objective = {objective}", f'objective = {{ loss = "{other}" }}')
-    file.write_text(plain.replace("seed = 3", f'seed = 4\nstart = "{tmp_path}/model"'))
+    file.write_text(going_on(plain, tmp_path / "model"))
     if prediction != "flow":
         with pytest.raises(InvalidArgument, match=f"loss='{other}': allowed is "):
             run.main(file, str)
@@ -116,8 +122,7 @@ def test_training_goes_on_from_a_model_folder(tmp_path: Path) -> None:
     own = "fit = {{ steps = 3, batch = 4, learning_rate = 1e-3, warmup = 1, ema_decay = 0.9 }}\n"
     for name, text in (("decoder", TINY.replace(own, "")), ("all", TINY)):
         file = tmp_path / "more.toml"
-        start = f'seed = 4\nstart = "{tmp_path}/model"'
-        file.write_text(text.format(folder=tmp_path / name).replace("seed = 3", start))
+        file.write_text(going_on(text.format(folder=tmp_path / name), tmp_path / "model"))
         run.main(file, str)
         then = fastldm.load(tmp_path / name / "model").components
         pairs = zip(first.vae.encoder.parameters(), then.vae.encoder.parameters(), strict=True)
