@@ -86,7 +86,8 @@ def cached_latents(workers: Workers, folder: Path, vae: Autoencoder, data: Pictu
         means, deviations = encode_all(vae, data.images)
         return {"latents": (scaled(vae.config, means), deviations * vae.config.scaling_factor)}
 
-    return Latents(*_kept(workers, folder, len(data.images), origin, make)["latents"], origin)
+    means, deviations = _kept(workers, folder, len(data.images), origin, make)["latents"]
+    return Latents(means, deviations, origin)
 
 
 def latents_and_hints(session: Session, vae: Autoencoder, data: PictureData) -> tuple[Learned, Tensor]:
@@ -122,7 +123,8 @@ def latents_and_hints(session: Session, vae: Autoencoder, data: PictureData) -> 
     kept = _kept(session.workers, config.folder, len(images), {**origin, **hinted}, make)
     scaling = {name: kept[name] for name in ("scaling_factor", "shift_factor")}
     vae.config = replace(vae.config, **scaling)
-    return Latents(*kept["latents"], origin), kept["hints"]
+    means, deviations = kept["latents"]
+    return Latents(means, deviations, origin), kept["hints"]
 
 
 def _origin(vae: Autoencoder, data: PictureData) -> Origin:

@@ -51,7 +51,7 @@ def _feed(found: hashlib._Hash, thing: Any) -> None:
             _feed(found, value)
     elif isinstance(thing, Tensor):
         _feed(found, (str(thing.dtype), *thing.shape))
-        found.update(thing.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        found.update(thing.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     else:
         found.update(f"{thing!r}\n".encode())
 
