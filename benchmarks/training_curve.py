@@ -62,7 +62,7 @@ def main() -> None:
         parser.error(f"{options.config} trains no model of scenes")
     torch.set_num_threads(config.threads)
     session = Session(config, report=lambda text: None)
-    vae, tokenizer, model = first_stages(session, None)
+    vae, tokenizer, model, scheduler = first_stages(session, None)
     data = SceneData.draw(config.diffusion.pictures, config.seed + 2, config.diffusion.stage)
     latents_and_hints(session, vae, data)  # gives the autoencoder its scale
     found: list[dict[str, Any]] = []
@@ -78,7 +78,7 @@ def main() -> None:
                 vae=vae,
                 text_encoder=model.text_encoder,
                 tokenizer=tokenizer,
-                scheduler=config.scheduler,
+                scheduler=scheduler,
                 dtype=torch.bfloat16,
             )
             report = scenes.measure(model=f"{folder}/model", every=options.every, guidance=options.guidance)

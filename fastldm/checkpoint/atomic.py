@@ -8,6 +8,9 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from fastldm.errors import CheckpointError
 
@@ -35,6 +38,16 @@ def replacing(path: Path) -> Iterator[Path]:
         if isinstance(error, OSError):
             raise CheckpointError(path, None, f"cannot be written: {error.strerror or error}") from error
         raise
+
+
+def save_tensors(path: Path, value: Any) -> None:
+    """`torch.save` to a file that appears whole or not at all. CheckpointError when it cannot be written."""
+    with replacing(path) as temporary:
+        try:
+            torch.save(value, temporary)
+        except RuntimeError as error:  # what torch's writer makes of a full disk
+            why = str(error).splitlines()[0]
+            raise CheckpointError(path, None, f"cannot be written: {why}") from error
 
 
 def _remove(path: Path) -> None:

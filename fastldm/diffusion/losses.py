@@ -54,9 +54,12 @@ def min_snr_weight(prediction: str, alpha: Tensor, sigma: Tensor, gamma: float =
     """What `simple_loss` is times at this level so that the loss of x0 weighs min(SNR, gamma): like alpha.
 
     SNR = alpha^2/sigma^2. The error of x0 is that of the net's answer times sigma/alpha for eps, sigma for v
-    and flow, 1 for x0. (Hang et al. 2023)
+    and flow, 1 for x0. (Hang et al. 2023) In pure noise, where sampling begins if the schedule ends there,
+    that weight would be 0 and the answer never learned: it is 1 there, as for eps. (Such schedules: Lin et
+    al. 2023, arXiv:2305.08891)
     """
     snr = (alpha / sigma) ** 2
     if prediction == "epsilon":
         return (gamma / snr).clamp(max=1)
-    return snr.clamp(max=gamma) * (1 if prediction == "sample" else sigma**2)
+    weight = snr.clamp(max=gamma) * (1 if prediction == "sample" else sigma**2)
+    return torch.where(snr == 0, 1.0, weight)

@@ -61,6 +61,15 @@ class Objective:
         number("logit_deviation", self.logit_deviation, 1e-6, 100)
         if self.weighting == "min_snr" and self.loss in ("absolute", "vlb"):
             raise InvalidArgument("weighting", "min_snr", f"uniform with loss {self.loss}")
+        for name, key, value in (
+            ("gamma", "weighting", "min_snr"),
+            ("vlb_weight", "loss", "hybrid"),
+            ("logit_mean", "timesteps", "logit_normal"),
+            ("logit_deviation", "timesteps", "logit_normal"),
+        ):
+            given = getattr(self, name)
+            if getattr(self, key) != value and given != getattr(Objective, name):
+                raise InvalidArgument(name, given, f"absent without {key} = {value}")
 
     def check(self, config: SchedulerConfig) -> None:
         """Raise InvalidArgument where this is no objective for a model of this config."""
@@ -94,11 +103,18 @@ class Criterion:
     """An objective for a training process: noises clean rows, asks the model, and returns a loss a row.
 
     Stateless but for the losses that loss_second_moment remembers; `state_dict` keeps them for a resumed run.
+    Where several processes train together, `gathered` gives the rows [all rows] of all from those of each, so
+    that they remember the same.
     """
 
-    def __init__(self, objective: Objective, config: SchedulerConfig) -> None:
+    def __init__(
+        self,
+        objective: Objective,
+        config: SchedulerConfig,
+        gathered: Callable[[Tensor], Tensor] = lambda rows: rows,
+    ) -> None:
         objective.check(config)
-        self.objective, self.config = objective, config
+        self.objective, self.config, self.gathered = objective, config, gathered
         self.chain = None if config.prediction == "flow" else Chain.of(config)
         resamples = objective.timesteps == "loss_second_moment"
         self.resampler = LossSecondMoment(config.num_train_timesteps) if resamples else None
@@ -118,7 +134,8 @@ class Criterion:
         out = model(x, places.t.to(clean.device, torch.float32), *condition).to(clean.dtype)
         losses = self.losses(clean, noise, x, out, places)
         if self.resampler is not None and places.step is not None:
-            self.resampler.update(places.step, losses.detach())
+            steps = self.gathered(places.step.to(losses.device))
+            self.resampler.update(steps, self.gathered(losses.detach()))
         return losses * places.weight.to(losses)
 
     def draw(self, rows: int, generator: torch.Generator) -> Places:

@@ -33,8 +33,8 @@ class LossSecondMoment:
     """Draws times in proportion to sqrt(E[loss^2]) of the last losses seen at each; float64, on the CPU.
 
     Uniform until each time was seen `history` times; a share `uniform` stays so. The draws' weights
-    1/(length*p) keep the mean of the weighted losses what uniform times give. Not shared between threads or
-    processes: each may keep its own, as it weighs its own draws. (Nichol & Dhariwal 2021, section 3.3)
+    1/(length*p) keep the mean of the weighted losses what uniform times give. Not shared between threads;
+    processes that train together update theirs with the losses of all. (Nichol & Dhariwal 2021, section 3.3)
     """
 
     def __init__(self, length: int, history: int = 10, uniform: float = 0.001) -> None:

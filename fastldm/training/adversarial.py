@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastldm.checks import choice
+from fastldm.checks import choice, integer
 from fastldm.models.discriminator import PatchDiscriminator
+from fastldm.training.fit import MOST
 
 LARGEST_WEIGHT = 1e4
 
@@ -27,8 +28,10 @@ class AdversarySettings:
     layers: int = 3
 
     def __post_init__(self) -> None:
-        """InvalidArgument for a loss that there is not."""
-        choice("autoencoder.adversary.loss", self.loss, tuple(CRITIC_LOSSES))
+        """InvalidArgument for a loss that there is not, and for no width or layers."""
+        choice("loss", self.loss, tuple(CRITIC_LOSSES))
+        for name in ("width", "layers"):
+            integer(name, getattr(self, name), 1, MOST)
 
     def critic(self) -> PatchDiscriminator:
         """A new critic."""

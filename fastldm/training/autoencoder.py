@@ -19,6 +19,7 @@ from fastldm.training.adversarial import adversarial_losses
 from fastldm.training.config import AutoencoderSection
 from fastldm.training.data import PictureData, share_loss, shares, to_model
 from fastldm.training.fit import FitSettings
+from fastldm.training.origin import NONE, digest
 from fastldm.training.perceptual import LPIPS, Perceptual, laplacian_distance
 from fastldm.training.session import Session
 
@@ -159,6 +160,7 @@ def train_autoencoder(
         assert vae is not None  # the configuration says so
         return vae
     torch.manual_seed(session.config.seed)
+    start = NONE if vae is None else digest(vae)
     if vae is None:
         vae = new_autoencoder(section)
     model = AutoencoderTraining(vae)
@@ -171,7 +173,8 @@ def train_autoencoder(
         images, segmentation = _batch(session, settings, data, step, generator)
         return objective(model, step, images, segmentation, generator)
 
-    session.fit("autoencoder", model, loss, settings, seed=0, critic=model.critic)
+    origin = {"set of pictures": data.pictures_digest, "network": digest(vae.config), "start": start}
+    session.fit("autoencoder", model, loss, settings, seed=0, critic=model.critic, origin=origin)
     return vae
 
 
@@ -189,7 +192,8 @@ def train_decoder(session: Session, vae: AutoencoderKL | VQModel, data: PictureD
             latents = drawn(vae.encode(images), generator, section.noise)
         return objective.reconstruction(images, vae.decode(latents))
 
-    session.fit("decoder", vae.decoder, loss, settings, seed=3)
+    origin = {"set of pictures": data.pictures_digest, "autoencoder": digest(vae.config, vae)}
+    session.fit("decoder", vae.decoder, loss, settings, seed=3, origin=origin)
 
 
 def _batch(

@@ -14,7 +14,8 @@ from fastldm.diffusion import Objective, SchedulerConfig
 from fastldm.errors import InvalidArgument
 from fastldm.scenes.palette import IMAGE_SIZE
 from fastldm.training.adversarial import AdversarySettings
-from fastldm.training.fit import FitSettings
+from fastldm.training.fit import MOST, FitSettings
+from fastldm.training.sections import AutoencoderSection, DiffusionSection, TextSection, absent, scenes_drawn
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -22,140 +23,10 @@ else:
     import tomli as tomllib  # type: ignore[import-not-found,unused-ignore]
 
 
-PREDICTIONS = ("v_prediction", "epsilon", "sample", "flow")
 DEVICES = ("auto", "cpu", "cuda")
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 MAX_RANK = 4096
-
-
-@dataclass(frozen=True)
-class AutoencoderSection:
-    """The autoencoder: its shape, and its optimisation on crops, then on whole pictures at the end."""
-
-    block_out_channels: tuple[int, ...] = ()
-    latent_channels: int = 0
-    fit: FitSettings | None = None  # None: it stays as the model was that a run starts from
-    kind: str = "kl"  # or vq, with a codebook; or pixels, which are their own latents: nothing else is given
-    codes: int = 1024  # entries of the codebook
-    layers_per_block: int = 1
-    norm_num_groups: int = 8
-    attention_levels: tuple[int, ...] = ()  # where attention follows each residual block; 0: at full size
-    mid_attention: bool = True
-    crop: int = 64
-    whole: float = 0.15  # last share of the steps, on whole pictures, as many pixels a batch
-    kl_weight: float = 1e-6
-    codebook_weight: float = 1.0
-    perceptual: float = 0.0  # weight of the perceptual distance
-    lpips: Path | None = None  # weights that make it LPIPS; None: that of Laplacian pyramids
-    adversary: AdversarySettings | None = None
-    noise: float = 0.0  # largest noise that the decoder is trained to see through, in latents' deviations
-    alignment: float = 0.0  # weight of reading the segmentation map out of the latents
-    decoder: FitSettings | None = None  # a second turn for the decoder alone; the latents stay what they are
-
-    def __post_init__(self) -> None:
-        """InvalidArgument for choices that contradict each other."""
-        choice("autoencoder.kind", self.kind, ("kl", "vq", "pixels"))
-        for field in fields(self):
-            given, name = getattr(self, field.name), f"autoencoder.{field.name}"
-            if self.of_pixels and field.name != "kind" and given != field.default:
-                raise InvalidArgument(name, given, "absent where kind is pixels")
-            if not self.of_pixels and field.name in ("block_out_channels", "latent_channels") and not given:
-                raise InvalidArgument(name, given, f"required: {field.type}")
-        if self.codes < 1:
-            raise InvalidArgument("autoencoder.codes", self.codes, "at least 1")
-        levels = len(self.block_out_channels)
-        if any(level >= levels for level in self.attention_levels):
-            raise InvalidArgument(
-                "autoencoder.attention_levels", list(self.attention_levels), f"levels 0 to {levels - 1}"
-            )
-        if self.lpips is not None and not self.perceptual:
-            raise InvalidArgument("autoencoder.lpips", str(self.lpips), "absent without perceptual")
-        if self.decoder is not None and self.adversary is not None:
-            raise InvalidArgument("autoencoder.decoder", "a section", "absent with an adversary")
-
-    @property
-    def of_pixels(self) -> bool:
-        """Whether the diffusion model learns pixels."""
-        return self.kind == "pixels"
-
-    @property
-    def factor(self) -> int:
-        """Pixels along a side of one latent."""
-        return 1 if self.of_pixels else 2 ** (len(self.block_out_channels) - 1)
-
-
-@dataclass(frozen=True)
-class TextSection:
-    """The text encoder: its shape, and on scenes its first training to read the facts of a caption."""
-
-    fit: FitSettings | None = None
-    width: int = 128
-    layers: int = 2
-    heads: int = 4
-    length: int = 32
-
-
-@dataclass(frozen=True)
-class DiffusionSection:
-    """The latent diffusion model: its shape, what it predicts and is trained for."""
-
-    fit: FitSettings
-    block_out_channels: tuple[int, ...]
-    transformer_depth: tuple[int, ...]
-    heads: tuple[int, ...]
-    prediction: str = "v_prediction"  # or epsilon, sample, flow
-    objective: Objective = Objective()
-    shift: float = 1.0  # of a flow's times towards noise
-    layers_per_block: int = 1
-    norm_num_groups: int = 8
-    caption_dropout: float = 0.1
-    reading: float = 0.0  # weight of reading classes and colours from the features, on scenes
-    pictures: int = 12_000  # scenes to draw; of a folder all
-    stage: int = 1  # of the world: see fastldm.scenes.mixture
-    hinted: float = 0.0  # share of the rows that are given a mask, a map or a small picture
-    hints: int = 4_000  # pictures that hints are made of
-
-    def __post_init__(self) -> None:
-        """InvalidArgument for a prediction and an objective that contradict each other."""
-        choice("diffusion.prediction", self.prediction, PREDICTIONS)
-        self.objective.check(self.scheduler)
-
-    @property
-    def learns_variance(self) -> bool:
-        """Whether the UNet answers with the place of the log variance too, which L_vlb trains. (Nichol &
-        Dhariwal 2021, arXiv:2102.09672)
-        """
-        return self.objective.loss in ("hybrid", "vlb")
-
-    @property
-    def scheduler(self) -> SchedulerConfig:
-        """The process that the model is trained for, as its scheduler_config.json says it.
-
-        A flat picture of 16 × 16 latents shows through much noise, so half of the steps have to be noisier
-        than the cosine schedule makes them. It ends in pure noise, so that a background of any colour can be
-        drawn; ε is not defined there, so a model of ε keeps a little signal. (Lin et al. 2023,
-        arXiv:2305.08891)
-        """
-        if self.prediction == "flow":
-            return SchedulerConfig.from_dict(
-                {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": self.shift}
-            )
-        of_class: dict[str, Any] = {"_class_name": "DDIMScheduler", "set_alpha_to_one": True}
-        if self.learns_variance:
-            of_class = {"_class_name": "DDPMScheduler", "variance_type": "learned_range"}
-        return SchedulerConfig.from_dict(
-            {
-                **of_class,
-                "beta_schedule": "linear",
-                "beta_start": 0.0001,
-                "beta_end": 0.02,
-                "rescale_betas_zero_snr": self.prediction != "epsilon",
-                "prediction_type": self.prediction,
-                "timestep_spacing": "trailing",
-                "num_train_timesteps": 1000,
-                "clip_sample": False,
-            }
-        )
+DRAWN = "with data, of which all is learned"
 
 
 @dataclass(frozen=True)
@@ -181,34 +52,36 @@ class TrainConfig:
     tensorboard: bool = False
 
     def __post_init__(self) -> None:
-        """InvalidArgument for choices that contradict each other."""
+        """InvalidArgument for values out of range and for choices that contradict each other."""
         choice("device", self.device, DEVICES)
-        if self.start is None and self.autoencoder.fit is None and not self.autoencoder.of_pixels:
+        integer("threads", self.threads, 1, MOST)
+        scenes_drawn(self)
+        section = self.autoencoder
+        if self.start is not None:
+            absent(self.text, (f.name for f in fields(self.text)), "with start, which has its own", "text.")
+        elif section.fit is None and not section.of_pixels:
             raise InvalidArgument("autoencoder.fit", None, "a section, without a model to start from")
-        if self.autoencoder.of_pixels and self.diffusion.reading:
+        if section.of_pixels and self.diffusion.reading:
             raise InvalidArgument("diffusion.reading", self.diffusion.reading, "0 where kind is pixels")
-        multiple = self.autoencoder.factor * 2 ** (len(self.diffusion.block_out_channels) - 1)
-        if self.side % multiple:
+        multiple = section.factor * 2 ** (len(self.diffusion.block_out_channels) - 1)
+        if not self.side or self.side % multiple:
             raise InvalidArgument("side", self.side, f"a multiple of {multiple}, which the levels divide")
-        levels = len(self.diffusion.block_out_channels)
-        for name in ("transformer_depth", "heads"):
-            given = getattr(self.diffusion, name)
-            if len(given) != levels:
-                raise InvalidArgument(f"diffusion.{name}", list(given), f"{levels} numbers, one a level")
-        if self.data is None:
-            if self.side != IMAGE_SIZE:
-                raise InvalidArgument("side", self.side, f"{IMAGE_SIZE}, the scenes' own, without data")
-            return
-        for name, given in (
-            ("text.fit", self.text.fit),
-            ("autoencoder.alignment", self.autoencoder.alignment),
-        ):
-            if given:
-                raise InvalidArgument(name, given, "absent with data: only scenes tell what they show")
+        if self.data is None and self.side != IMAGE_SIZE:
+            raise InvalidArgument("side", self.side, f"{IMAGE_SIZE}, the scenes' own, without data")
+        if section.learns and section.crop not in range(section.factor, self.side + 1, section.factor):
+            allowed = f"a multiple of {section.factor}, at most the side, {self.side}"
+            raise InvalidArgument("autoencoder.crop", section.crop, allowed)
+        if self.data is not None:
+            told = "with data: only scenes tell what they show"
+            absent(self.text, ("fit",), told, "text.")
+            absent(section, ("alignment",), told, "autoencoder.")
+            absent(self.diffusion, ("reading",), told, "diffusion.")
+            absent(self, ("pictures", "stage"), DRAWN)
+            absent(self.diffusion, ("pictures", "stage"), DRAWN, "diffusion.")
 
     @property
     def scheduler(self) -> SchedulerConfig:
-        """The process that the model is trained for and sampled by; pixels are held to their range."""
+        """The process that a new model is trained for and sampled by; pixels are held to their range."""
         plain = self.diffusion.scheduler
         return replace(plain, clip_sample=True) if self.autoencoder.of_pixels else plain
 
@@ -220,6 +93,10 @@ class JudgeSection:
     fit: FitSettings
     spoilt: float = 0.25  # share of pictures with a shape or colours that are none of ours
 
+    def __post_init__(self) -> None:
+        """InvalidArgument for a share out of range."""
+        number("spoilt", self.spoilt, 0, 1)
+
 
 @dataclass(frozen=True)
 class JudgeConfig:
@@ -230,6 +107,10 @@ class JudgeConfig:
     judge: JudgeSection
     seed: int = 0
     threads: int = 2
+
+    def __post_init__(self) -> None:
+        """InvalidArgument for no threads."""
+        integer("threads", self.threads, 1, MOST)
 
 
 @dataclass(frozen=True)
@@ -274,9 +155,13 @@ class LoraConfig:
     tensorboard: bool = False
 
     def __post_init__(self) -> None:
-        """InvalidArgument for choices that contradict each other."""
+        """InvalidArgument for values out of range and for choices that contradict each other."""
         choice("device", self.device, DEVICES)
-        if self.data is None and self.side not in (None, IMAGE_SIZE):
+        integer("threads", self.threads, 1, MOST)
+        scenes_drawn(self)
+        if self.data is not None:
+            absent(self, ("pictures", "stage"), DRAWN)
+        elif self.side not in (None, IMAGE_SIZE):
             raise InvalidArgument("side", self.side, f"{IMAGE_SIZE}, the scenes' own, without data")
 
 
@@ -315,7 +200,10 @@ def _build(cls: type, given: Mapping[str, Any], where: str) -> Any:
             values[name] = _value(f.type, given[name], where + name)
         elif f.default is MISSING:
             raise InvalidArgument(where + name, None, f"required: {f.type}")
-    return cls(**values)
+    try:
+        return cls(**values)
+    except InvalidArgument as error:  # of a section, which does not know its own name
+        raise InvalidArgument(where + error.name, error.value, error.allowed) from None
 
 
 _SECTIONS = {

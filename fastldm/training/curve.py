@@ -34,9 +34,10 @@ class Curve:
                 raise InvalidArgument("tensorboard", True, "false until tensorboard is installed") from None
             self.board = SummaryWriter(folder / "tensorboard" / name)
         before = [row for row in self._read() if int(row[0]) <= start]  # a killed run went on from `start`
-        self.file = open(self.table, "w", newline="")  # noqa: SIM115
+        with replacing(self.table) as temporary, open(temporary, "w", newline="") as file:
+            csv.writer(file).writerows(before)
+        self.file = open(self.table, "a", newline="")  # noqa: SIM115
         self.rows = csv.writer(self.file)
-        self.rows.writerows(before)
         self.began = time.perf_counter()
 
     def __enter__(self) -> Curve:
@@ -69,10 +70,19 @@ class Curve:
             drawn(points, self.name).save(temporary, format="png")
 
     def _read(self) -> list[list[str]]:
+        """The rows of the table; a line that a full disk or a crash left torn is none."""
         if not self.table.exists():
             return []
-        with open(self.table, newline="") as file:
-            return list(csv.reader(file))
+        lines = self.table.read_text("utf-8", errors="replace").split("\n")
+        return [row for row in (line.split(",") for line in lines) if _is_whole(row)]
+
+
+def _is_whole(row: list[str]) -> bool:
+    try:
+        step, *numbers = int(row[0]), *map(float, row[1:])
+    except ValueError:
+        return False
+    return step > 0 and len(numbers) == 3
 
 
 def drawn(points: list[tuple[float, float]], title: str) -> Image.Image:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ from fastldm.scenes import (
     layout_prompt,
     render,
 )
+from fastldm.training.origin import digest
 
 LAYOUTS = 0.1
 LABELS = 0.1
@@ -34,6 +36,16 @@ class PictureData(ABC):
 
     images: Tensor
     segmentation: Tensor
+
+    @cached_property
+    def pictures_digest(self) -> str:
+        """Of the pictures."""
+        return digest(self.images)
+
+    @property
+    @abstractmethod
+    def captions_digest(self) -> str:
+        """Of what the captions are made of."""
 
     @abstractmethod
     def captions(self, rows: list[int], generator: torch.Generator) -> list[tuple[str, frozenset[str]]]:
@@ -91,6 +103,11 @@ class SceneData(PictureData):
                 for kinds, hues in parts
             ]
         )
+
+    @property
+    def captions_digest(self) -> str:
+        """Of the scenes, which the captions tell of."""
+        return digest(self.scenes)
 
     def captions(self, rows: list[int], generator: torch.Generator) -> list[tuple[str, frozenset[str]]]:
         """A fresh caption for each row, and the facts that it told; now and then a label or a layout."""

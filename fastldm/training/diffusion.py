@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastldm.diffusion import Criterion
+from fastldm.diffusion import Criterion, SchedulerConfig
 from fastldm.models.bert import BERTModel
 from fastldm.models.clip import CLIPTextModel
 from fastldm.models.hints import hint_channels
@@ -20,8 +20,9 @@ from fastldm.models.unet import UNet, UNetConfig
 from fastldm.scenes import COLOURS, KINDS
 from fastldm.training.data import PictureData, SceneData, share_loss
 from fastldm.training.latents import Learned
+from fastldm.training.origin import NONE, Origin, digest
 from fastldm.training.session import Session
-from fastldm.training.text import token_ids, without_some
+from fastldm.training.text import token_ids, vocabulary_digest, without_some
 
 
 class TextToLatents(nn.Module):
@@ -30,6 +31,11 @@ class TextToLatents(nn.Module):
     def __init__(self, unet: UNet, text_encoder: CLIPTextModel | BERTModel) -> None:
         super().__init__()
         self.unet, self.text_encoder = unet, text_encoder
+
+    @property
+    def takes_hints(self) -> bool:
+        """Whether the UNet has channels for a hint beside the latents."""
+        return self.unet.config.in_channels > self.unet.config.latent_channels
 
     def forward(self, noisy: Tensor, timesteps: Tensor, ids: Tensor, hint: Tensor | None = None) -> Tensor:
         """noisy [rows, C, h, w], timesteps [rows], token ids [rows, L], hint [rows, C + 4, h, w] where the
@@ -100,11 +106,18 @@ def train_diffusion(
     hints: Tensor,
     tokenizer: Tokenizer,
     model: TextToLatents,
+    scheduler: SchedulerConfig,
     sample: Callable[[int], None],
 ) -> None:
     """Train from the seed, or resume, on latents and the hints of the first of them [n, C + 4, h, w]."""
     section, device = session.config.diffusion, session.device
-    criterion = Criterion(section.objective, session.config.scheduler)
+    criterion = Criterion(section.objective, scheduler, session.workers.gathered)
+    origin = {
+        **latents.origin,
+        "set of captions": data.captions_digest,
+        "vocabulary": vocabulary_digest(tokenizer),
+        **_origin(session, model, scheduler),
+    }
     reading, cells = None, torch.empty(0)
     if section.reading and isinstance(data, SceneData):
         reading = Reading(model).to(device)
@@ -120,9 +133,31 @@ def train_diffusion(
         texts = without_some(texts, section.caption_dropout, generator)
         clean = latents.draw(rows, generator)
         ids = token_ids(tokenizer, texts).to(device)
-        error = criterion(model, clean.to(device), ids, hint.to(device), generator=generator).mean()
+        beside = hint.to(device) if model.takes_hints else None
+        error = criterion(model, clean.to(device), ids, beside, generator=generator).mean()
         if reading is None:
             return error
         return error + section.reading * reading.loss(cells[rows].to(device))
 
-    session.fit("diffusion", reading or model, loss, section.fit, seed=2, sample=sample, memory=criterion)
+    session.fit(
+        "diffusion",
+        reading or model,
+        loss,
+        section.fit,
+        seed=2,
+        sample=sample,
+        memory=criterion,
+        origin=origin,
+    )
+
+
+def _origin(session: Session, model: TextToLatents, scheduler: SchedulerConfig) -> Origin:
+    """What the diffusion model itself begins from; weights drawn from the seed are known by it."""
+    starts, reads = session.config.start is not None, session.config.text.fit is not None
+    return {
+        "network": digest(model.unet.config, model.text_encoder.config),
+        "start": digest(model.unet) if starts else NONE,
+        "text encoder": digest(model.text_encoder) if starts or reads else NONE,
+        "prediction": scheduler.prediction,
+        "noise schedule": digest(scheduler),
+    }

@@ -14,9 +14,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from fastldm.checkpoint.atomic import replacing
-from fastldm.errors import CheckpointError, NonFiniteOutput
+from fastldm.checkpoint.atomic import save_tensors
+from fastldm.checks import integer, number
+from fastldm.errors import CheckpointError, InvalidArgument, NonFiniteOutput
 from fastldm.training.curve import Curve
+from fastldm.training.origin import Origin, refuse_another
 from fastldm.training.parallel import ALONE, Workers, gradients
 
 Loss = Callable[[int, torch.Generator], Tensor]
@@ -30,12 +32,13 @@ class Memory(Protocol):
 
 
 LINE_EVERY = 50
+MOST = 10**9
 
 
 @dataclass(frozen=True)
 class FitSettings:
     """How a stage is optimised: AdamW with linear warm-up and, in the last share `decay` of the steps, cosine
-    decay of the learning rate to zero.
+    decay of the learning rate to zero. Raises InvalidArgument for a value out of range.
     """
 
     steps: int
@@ -44,12 +47,22 @@ class FitSettings:
     warmup: int = 100
     decay: float = 1.0
     weight_decay: float = 0.01
-    clip: float = 1.0
+    clip: float = 1.0  # largest norm of the gradient; 0: any
     accumulate: int = 1
     ema_decay: float = 0.0  # 0: no moving average
     save_every: int = 500
     keep_every: int = 0  # steps between averages that are kept for good; 0: none
     sample_every: int = 0  # steps between sample grids, where the stage draws any; 0: none
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch", "accumulate", "save_every"):
+            integer(name, getattr(self, name), 1, MOST)
+        for name in ("warmup", "keep_every", "sample_every"):
+            integer(name, getattr(self, name), 0, MOST)
+        for name, most in (("decay", 1), ("ema_decay", 1), ("weight_decay", MOST), ("clip", MOST)):
+            number(name, getattr(self, name), 0, most)
+        if not number("learning_rate", self.learning_rate, 0, MOST):
+            raise InvalidArgument("learning_rate", self.learning_rate, "above 0")
 
     def rate(self, step: int) -> float:
         """Learning rate at a step, counted from 0."""
@@ -108,6 +121,7 @@ def fit(
     tensorboard: bool = False,
     critic: nn.Module | None = None,
     memory: Memory | None = None,
+    origin: Origin | None = None,
 ) -> None:
     """Minimise loss(step, generator) over the module's parameters; ends with the averaged weights in the
     module.
@@ -115,17 +129,20 @@ def fit(
     Every pass draws from a generator of (seed, step, pass), so a run resumed from `folder/name.pt`
     equals an unbroken one, and processes that share the passes do what one would that accumulates them all.
     The state is written to a temporary name and renamed; `folder/name.csv` gets step, loss, learning rate and
-    seconds. A loss that is NaN or Inf raises NonFiniteOutput and leaves the last saved state.
+    seconds. A loss or a gradient that is NaN or Inf raises NonFiniteOutput and leaves the last saved state.
 
     `bfloat16`: the loss is computed under autocast; weights, averages and the optimiser stay float32.
     `sample`: called with the step, every `settings.sample_every`, while the module holds the averages.
     `critic`: the part of the module that plays against the rest: clipped apart, and with less momentum.
-    `memory`: of the loss, kept with the state; each process has its own, and the first one's is kept.
+    `memory`: of the loss, kept with the state of the first process.
+    `origin`: what the weights come from, kept with the state too. CheckpointError where the saved state has
+    another, or another seed; what counts is said in `training.origin`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     state_file = folder / f"{name}.pt"
     optimizer = new_optimizer(module, settings, critic)
-    start, averages = _resume(state_file, module, optimizer, memory)
+    origin = {"seed": str(seed), **(origin or {})}
+    start, averages = _resume(state_file, module, optimizer, memory, origin)
     average = Average(module, settings.ema_decay, averages)
     module.train()
     total, since = 0.0, start
@@ -149,10 +166,10 @@ def fit(
                 curve.add(done, settings.steps, total / (done - since), settings.rate(step))
                 total, since = 0.0, done
             if settings.keep_every and done % settings.keep_every == 0:
-                with replacing(folder / f"{name}-{done}.pt") as temporary:
-                    torch.save(average.values if settings.ema_decay else module.state_dict(), temporary)
+                kept = average.values if settings.ema_decay else module.state_dict()
+                save_tensors(folder / f"{name}-{done}.pt", kept)
             if done % settings.save_every == 0 or last:
-                _save(state_file, done, module, optimizer, average, memory)
+                _save(state_file, done, module, optimizer, average, memory, origin)
                 curve.draw()
             if sample is not None and settings.sample_every and (done % settings.sample_every == 0 or last):
                 with average.swapped_in(module):
@@ -194,14 +211,17 @@ def advance(
     bfloat16: bool = False,
 ) -> float:
     """One step of `fit`, without its average: gradients of all passes, clipped group by group, and an update
-    at the step's rate. Returns the mean loss; NonFiniteOutput, and no update, where it is NaN or Inf.
+    at the step's rate. Returns the mean loss; NonFiniteOutput, and no update, where it or the gradient is NaN
+    or Inf.
     """
     value = _backward(module, loss, step, seed, settings.accumulate, workers, bfloat16)
     if not math.isfinite(value):
         raise NonFiniteOutput(f"the loss is {value} at step {step}")
     for group in optimizer.param_groups:
         group["lr"] = settings.rate(step)
-        nn.utils.clip_grad_norm_(group["params"], settings.clip)
+        norm = float(nn.utils.clip_grad_norm_(group["params"], settings.clip or math.inf))
+        if not math.isfinite(norm):
+            raise NonFiniteOutput(f"the gradient's norm is {norm} at step {step}")
     optimizer.step()
     return value
 
@@ -244,6 +264,7 @@ def _save(
     optimizer: torch.optim.Optimizer,
     average: Average,
     memory: Memory | None,
+    origin: Origin,
 ) -> None:
     state = {
         "step": step,
@@ -251,22 +272,34 @@ def _save(
         "optimizer": optimizer.state_dict(),
         "average": average.values,
         "memory": {} if memory is None else memory.state_dict(),
+        "origin": dict(origin),
     }
-    with replacing(file) as temporary:
-        torch.save(state, temporary)
+    save_tensors(file, state)
 
 
 def _resume(
-    file: Path, module: nn.Module, optimizer: torch.optim.Optimizer, memory: Memory | None
+    file: Path,
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    memory: Memory | None,
+    origin: Origin,
 ) -> tuple[int, Mapping[str, Tensor]]:
-    """Load the saved state, if any, and return the step to go on from and the averages at it."""
+    """Load the saved state, if any, and return the step to go on from and the averages at it. Of the
+    optimiser its moments are taken up; its settings stay those asked for now.
+    """
     if not file.exists():
         return 0, {}
     device = next(module.parameters()).device
     state: dict[str, Any] = torch.load(file, map_location=device, weights_only=True)
+    refuse_another(file, state.get("origin"), origin)
+    asked = [
+        {name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups
+    ]
     try:
         module.load_state_dict(state["module"])
         optimizer.load_state_dict(state["optimizer"])
+        for group, settings in zip(optimizer.param_groups, asked, strict=True):
+            group.update(settings)
         if memory is not None:
             memory.load_state_dict(state.get("memory", {}))
     except (RuntimeError, ValueError, KeyError) as error:

@@ -17,6 +17,7 @@ from fastldm.errors import InvalidArgument
 from fastldm.images import load_pictures
 from fastldm.scenes.captions import words
 from fastldm.training.data import PictureData
+from fastldm.training.origin import digest
 
 INDEX = "metadata.jsonl"
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
@@ -65,6 +66,11 @@ class FolderData(PictureData):
         images = torch.from_numpy(np.stack(pictures))
         return cls(images, torch.zeros(1, 1, 1, dtype=torch.uint8).expand(images.shape[:3]), tuple(texts))
 
+    @property
+    def captions_digest(self) -> str:
+        """Of the captions."""
+        return digest(self.texts)
+
     def captions(self, rows: list[int], generator: torch.Generator) -> list[tuple[str, frozenset[str]]]:
         """The caption of each row; no facts are known."""
         return [(self.texts[row], frozenset()) for row in rows]
@@ -82,9 +88,9 @@ def _captioned(folder: Path) -> Iterator[tuple[Path, object]]:
         for file in sorted(folder.rglob("*")):
             if file.suffix.lower() in ENDINGS:
                 beside = file.with_suffix(".txt")
-                yield file, beside.read_text("utf-8", errors="replace") if beside.is_file() else None
+                yield file, _text(beside) if beside.is_file() else None
         return
-    for number, line in enumerate(index.read_text("utf-8", errors="replace").splitlines(), 1):
+    for number, line in enumerate(_text(index).split("\n"), 1):  # a caption may hold other ends of lines
         if not line.strip():
             continue
         try:
@@ -95,6 +101,11 @@ def _captioned(folder: Path) -> Iterator[tuple[Path, object]]:
         if not file.resolve().is_relative_to(folder.resolve()):
             raise InvalidArgument("data", f"{index}, line {number}", "a file_name inside the folder")
         yield file, row.get("text")
+
+
+def _text(file: Path) -> str:
+    """UTF-8, with a byte order mark or without."""
+    return file.read_text("utf-8-sig", errors="replace")
 
 
 def _usable(file: Path, text: object, side: int) -> tuple[Image.Image, str]:

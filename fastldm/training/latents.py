@@ -10,13 +10,13 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from fastldm.errors import CheckpointError
 from fastldm.models.hints import hint_channels
 from fastldm.models.pixels import Autoencoder, PixelAutoencoder, PixelConfig
 from fastldm.models.vae import AutoencoderConfig
 from fastldm.training.autoencoder import encode_all
 from fastldm.training.data import PictureData, to_model
 from fastldm.training.hints import make_hints
+from fastldm.training.origin import Origin, digest
 from fastldm.training.parallel import Workers
 from fastldm.training.session import Session
 
@@ -29,6 +29,7 @@ class Latents:
 
     means: Tensor
     deviations: Tensor
+    origin: Origin  # what they were made of
 
     def __len__(self) -> int:
         return len(self.means)
@@ -50,6 +51,7 @@ class Pixels:
 
     images: Tensor
     config: PixelConfig
+    origin: Origin  # what they were made of
 
     def __len__(self) -> int:
         return len(self.images)
@@ -72,37 +74,41 @@ def scaled(config: AutoencoderConfig | PixelConfig, latents: Tensor) -> Tensor:
     return (latents - config.shift_factor) * config.scaling_factor
 
 
-def cached_latents(workers: Workers, folder: Path, vae: Autoencoder, images: Tensor) -> Learned:
-    """Those of pictures uint8 [N, S, S, 3], kept in the folder, where a resumed run finds them."""
+def cached_latents(workers: Workers, folder: Path, vae: Autoencoder, data: PictureData) -> Learned:
+    """Those of all pictures, kept in the folder, where a resumed run finds them; made anew where those kept
+    are of other pictures or of another encoder.
+    """
+    origin = _origin(vae, data)
     if isinstance(vae, PixelAutoencoder):
-        return Pixels(images, vae.config)
+        return Pixels(data.images, vae.config, origin)
 
     def make() -> dict[str, Any]:
-        means, deviations = encode_all(vae, images)
+        means, deviations = encode_all(vae, data.images)
         return {"latents": (scaled(vae.config, means), deviations * vae.config.scaling_factor)}
 
-    return Latents(*_kept(workers, folder, images, make)["latents"])
+    means, deviations = _kept(workers, folder, len(data.images), origin, make)["latents"]
+    return Latents(means, deviations, origin)
 
 
 def latents_and_hints(session: Session, vae: Autoencoder, data: PictureData) -> tuple[Learned, Tensor]:
     """The latents of all pictures, and hints for the first of them, [n, C + 4, h, w]; kept in the run's
-    folder.
+    folder, and made anew like `cached_latents`, or where other hints are asked for.
 
     Latents of an autoencoder that was trained here are scaled to zero mean and unit variance over all; its
     config takes up the scale and shift.
     """
-    config, images = session.config, data.images
+    config, images, origin = session.config, data.images, _origin(vae, data)
+    count = min(config.diffusion.hints, len(images)) if config.diffusion.hinted else 0
 
     def hints() -> Tensor:
-        if not config.diffusion.hinted:
+        if not count:
             side = images.shape[1] // vae.config.factor
             return torch.zeros(1, hint_channels(vae.config.latent_channels), side, side)
         generator = torch.Generator().manual_seed(config.seed + 4)
-        count = min(config.diffusion.hints, len(images))
         return make_hints(data, count, lambda part: scaled(vae.config, encode_all(vae, part)[0]), generator)
 
     if isinstance(vae, PixelAutoencoder):
-        return Pixels(images, vae.config), hints()
+        return Pixels(images, vae.config, origin), hints()
 
     def make() -> dict[str, Any]:
         means, deviations = encode_all(vae, images)
@@ -113,18 +119,32 @@ def latents_and_hints(session: Session, vae: Autoencoder, data: PictureData) -> 
         latents = scaled(vae.config, means), deviations * vae.config.scaling_factor
         return {**scaling, "latents": latents, "hints": hints()}
 
-    kept = _kept(session.workers, config.folder, images, make)
-    latents, given = Latents(*kept.pop("latents")), kept.pop("hints")
-    vae.config = replace(vae.config, **kept)
-    return latents, given
+    hinted = {"hints": f"{count} of seed {config.seed}"}
+    kept = _kept(session.workers, config.folder, len(images), {**origin, **hinted}, make)
+    scaling = {name: kept[name] for name in ("scaling_factor", "shift_factor")}
+    vae.config = replace(vae.config, **scaling)
+    means, deviations = kept["latents"]
+    return Latents(means, deviations, origin), kept["hints"]
 
 
-def _kept(workers: Workers, folder: Path, images: Tensor, make: Callable[[], dict[str, Any]]) -> Any:
-    """What the folder's file holds, made first where there is none; CheckpointError if of other pictures."""
+def _origin(vae: Autoencoder, data: PictureData) -> Origin:
+    """What latents are made of; the decoder has no part in them."""
+    encoder = {name: value for name, value in vae.state_dict().items() if not name.startswith("decoder.")}
+    return {"set of pictures": data.pictures_digest, "encoder": digest(vae.config, encoder)}
+
+
+def _kept(
+    workers: Workers, folder: Path, count: int, origin: Origin, make: Callable[[], dict[str, Any]]
+) -> dict[str, Any]:
+    """What the folder's file holds, made first where there is none, and anew where it is of another origin.
+    A file of before origins were kept is taken for what it should be if it has as many pictures.
+    """
     file = folder / FILE
-    kept = workers.kept(file, make)
-    count = len(kept["latents"][0])
-    if count != len(images):
-        why = f"holds latents of {count} pictures, and there are {len(images)}; remove it"
-        raise CheckpointError(file, None, why)
-    return kept
+    if workers.leads and file.exists():
+        found = torch.load(file, weights_only=True, mmap=True)
+        stale = found.get("origin", origin) != origin or len(found["latents"][0]) != count
+        del found
+        if stale:
+            file.unlink()
+    made: dict[str, Any] = workers.kept(file, lambda: {**make(), "origin": dict(origin)})
+    return made

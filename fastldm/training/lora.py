@@ -25,6 +25,7 @@ from fastldm.models.unet import UNet
 from fastldm.training.config import ATTENTION, LoraSettings
 from fastldm.training.diffusion import TextToLatents
 from fastldm.training.fit import fit
+from fastldm.training.origin import Origin, digest
 from fastldm.training.text import token_ids, without_some
 
 Adaptable: TypeAlias = Mapping[str, nn.Linear | nn.Conv2d]  # by network and name: "unet.mid_block…"
@@ -114,10 +115,11 @@ def fit_lora(
     folder: Path,
     seed: int,
     report: Callable[[str], None],
+    origin: Origin | None = None,
     **options: Any,
 ) -> None:
-    """Learn with L_simple, or L_hybrid where the model learnt its variance, or go on; `options` as in `fit`,
-    whose errors are raised.
+    """Learn with L_simple, or L_hybrid where the model learnt its variance, or go on. `origin`: of the data,
+    to which the model's is added; `options` as in `fit`, whose errors are raised.
     """
     settings, device = model.settings, model.unet.conv_in.weight.device
     tokenizer, _ = components.text
@@ -129,7 +131,12 @@ def fit_lora(
         ids = token_ids(tokenizer, without_some(texts, settings.caption_dropout, generator)).to(device)
         return criterion(model, clean.to(device), ids, generator=generator).mean()
 
-    fit("lora", model.adapter, loss, settings.fit, folder, seed, report, **options)
+    origin = {
+        "start": digest(components.scheduler, model.base),
+        "alpha": str(model.alpha),
+        **(origin or {}),
+    }
+    fit("lora", model.adapter, loss, settings.fit, folder, seed, report, origin=origin, **options)
 
 
 def train_lora(

@@ -39,7 +39,7 @@ def learn_lora(config: LoraConfig, report: Callable[[str], None] = print, strict
         channels_last(components.unet)
         model = LoraModel(components, config.lora, config.seed)
         data = _pictures(config, components, strict, say)
-        latents = cached_latents(workers, config.folder, vae, data.images)
+        latents = cached_latents(workers, config.folder, vae, data)
         prompts = data.texts[:SHOWN] if isinstance(data, FolderData) else PROMPTS
 
         def draw(generator: torch.Generator) -> tuple[Tensor, list[str]]:
@@ -58,6 +58,7 @@ def learn_lora(config: LoraConfig, report: Callable[[str], None] = print, strict
             config.folder,
             config.seed,
             report,
+            origin={**latents.origin, "set of captions": data.captions_digest},
             bfloat16=config.bfloat16,
             workers=workers,
             sample=sample,

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fastldm.checkpoint.atomic import replacing
+from fastldm.checkpoint.atomic import save_tensors
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,14 @@ class Workers:
         for tensor, part in zip(given, flat.split([tensor.numel() for tensor in given]), strict=True):
             tensor.copy_(part.view_as(tensor))
 
+    def gathered(self, tensor: Tensor) -> Tensor:
+        """The rows of all processes, in their order; each has as many."""
+        if self.count == 1:
+            return tensor
+        parts = [torch.empty_like(tensor) for _ in range(self.count)]
+        dist.all_gather(parts, tensor.contiguous())
+        return torch.cat(parts)
+
     def kept(self, file: Path, make: Callable[[], Any]) -> Any:
         """What the file holds, tensors above all; where there is none, what `make` gives the leading process,
         which writes it for all.
@@ -45,8 +53,7 @@ class Workers:
         if self.leads and not file.exists():
             made = make()
             file.parent.mkdir(parents=True, exist_ok=True)
-            with replacing(file) as temporary:
-                torch.save(made, temporary)
+            save_tensors(file, made)
         self.wait()
         return torch.load(file, weights_only=True)
 

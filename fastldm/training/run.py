@@ -7,12 +7,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from fastldm.abilities import Abilities
-from fastldm.checkpoint import load_components, save_folder
-from fastldm.errors import InvalidArgument
+from fastldm.checkpoint import Components, load_components, save_folder
+from fastldm.diffusion import SchedulerConfig
+from fastldm.errors import CheckpointError, InvalidArgument
 from fastldm.models.layers import channels_last
 from fastldm.models.pixels import Autoencoder, PixelAutoencoder, PixelConfig
 from fastldm.models.tokenizer import Tokenizer
@@ -64,7 +66,7 @@ def _train(config: TrainConfig, report: Callable[[str], None], strict: bool) -> 
         folder = None
         if config.data is not None:
             folder = FolderData.read(config.data, config.side, strict, session.say)
-        vae, tokenizer, model = first_stages(session, folder)
+        vae, tokenizer, model, scheduler = first_stages(session, folder)
         section = config.diffusion
         if folder is None:
             session.say(f"drawing {section.pictures} pictures to learn")
@@ -74,9 +76,9 @@ def _train(config: TrainConfig, report: Callable[[str], None], strict: bool) -> 
 
         def sample(step: int) -> None:
             file = config.folder / f"samples-{step}.png"
-            draw_samples(file, vae, model, config.scheduler, tokenizer, prompts, latents.side)
+            draw_samples(file, vae, model, scheduler, tokenizer, prompts, latents.side)
 
-        train_diffusion(session, data, latents, hints, tokenizer, model, sample)
+        train_diffusion(session, data, latents, hints, tokenizer, model, scheduler, sample)
         if workers.leads:
             save_folder(
                 config.output,
@@ -84,7 +86,7 @@ def _train(config: TrainConfig, report: Callable[[str], None], strict: bool) -> 
                 vae=vae,
                 text_encoder=model.text_encoder,
                 tokenizer=tokenizer,
-                scheduler=config.scheduler,
+                scheduler=scheduler,
                 dtype=torch.bfloat16,
                 abilities=abilities(data, section),
             )
@@ -111,32 +113,32 @@ def abilities(data: PictureData, section: DiffusionSection) -> Abilities:
     )
 
 
-def first_stages(session: Session, folder: FolderData | None) -> tuple[Autoencoder, Tokenizer, TextToLatents]:
+class Begun(NamedTuple):
+    """What the diffusion model is trained with, and the process that it is trained for."""
+
+    vae: Autoencoder
+    tokenizer: Tokenizer
+    model: TextToLatents
+    scheduler: SchedulerConfig
+
+
+def first_stages(session: Session, folder: FolderData | None) -> Begun:
     """The autoencoder and the text encoder, trained or resumed, and a UNet that starts from nothing; or all
     from the model folder that the configuration starts from, the autoencoder trained on if it says so.
 
-    A model of pixels has an autoencoder that does nothing. InvalidArgument for one that starts from latents,
-    for one that is to learn the variance and starts from a UNet that did not, and the other way round.
+    A model of pixels has an autoencoder that does nothing. Raises what `started` does.
     """
     config = session.config
     section = config.autoencoder
     vae: Autoencoder
     if config.start is not None:
-        given = load_components(config.start, device=session.device)
+        given = started(config, config.start, session.device)
         tokenizer, text_encoder = given.text
         model = TextToLatents(channels_last(given.unet), text_encoder).requires_grad_(True)
         vae = channels_last(given.vae).requires_grad_(True)
-        if isinstance(vae, PixelAutoencoder) != section.of_pixels:
-            allowed = f"{'kl or vq' if section.of_pixels else 'pixels'}, as in {config.start}"
-            raise InvalidArgument("autoencoder.kind", section.kind, allowed)
-        if model.unet.config.learned_variance != config.diffusion.learns_variance:
-            learnt = "hybrid or vlb" if model.unet.config.learned_variance else "simple or absolute"
-            raise InvalidArgument(
-                "diffusion.objective.loss", config.diffusion.objective.loss, f"{learnt}, as in {config.start}"
-            )
-        if not isinstance(vae, PixelAutoencoder) and (section.fit or section.decoder):
+        if not isinstance(vae, PixelAutoencoder) and section.learns:
             _train_autoencoder(session, folder, _pictures(session, folder), vae)
-        return vae, tokenizer, model
+        return Begun(vae, tokenizer, model, given.scheduler)
     data = _pictures(session, folder)
     tokenizer = Tokenizer.from_words(folder.vocabulary() if folder else VOCABULARY, config.text.length)
     text_encoder = new_text_encoder(session, tokenizer)
@@ -147,7 +149,45 @@ def first_stages(session: Session, folder: FolderData | None) -> tuple[Autoencod
         vae = _train_autoencoder(session, folder, data)
     side = data.images.shape[1] // vae.config.factor
     unet = new_unet(session, vae.config.latent_channels, text_encoder.config.hidden_size, side)
-    return vae, tokenizer, TextToLatents(unet, text_encoder)
+    return Begun(vae, tokenizer, TextToLatents(unet, text_encoder), config.scheduler)
+
+
+def started(config: TrainConfig, start: Path, device: torch.device) -> Components:
+    """The model that a configuration starts from, with its own process, in which alone its weights have a
+    meaning. InvalidArgument where the configuration asks for what the model is not: its shapes, latents or
+    pixels, another prediction, another kind of variance, hints. CheckpointError for an inpainting model.
+    """
+    section = config.diffusion
+    given = load_components(start, device=device)
+    unet, vae, process = given.unet.config, given.vae, given.scheduler
+
+    def expect(name: str, value: object, own: object, fits: bool) -> None:
+        if not fits:
+            raise InvalidArgument(name, value, f"{own}, as in {start}")
+
+    asks, of_pixels = config.autoencoder.of_pixels, isinstance(vae, PixelAutoencoder)
+    expect(
+        "autoencoder.kind", config.autoencoder.kind, "pixels" if of_pixels else "kl or vq", asks == of_pixels
+    )
+    if not isinstance(vae, PixelAutoencoder):
+        widths = vae.config.block_out_channels
+        asked = config.autoencoder.block_out_channels
+        expect("autoencoder.block_out_channels", list(asked), list(widths), asked == widths)
+    asked, widths = section.block_out_channels, unet.block_out_channels
+    expect("diffusion.block_out_channels", list(asked), list(widths), asked == widths)
+    loss, learns = section.objective.loss, unet.learned_variance
+    own = "hybrid or vlb" if learns else "simple or absolute"
+    expect("diffusion.objective.loss", loss, own, section.learns_variance == learns)
+    fits = section.prediction in (None, process.prediction)
+    expect("diffusion.prediction", section.prediction, process.prediction, fits)
+    expect("diffusion.shift", section.shift, process.shift, section.shift in (1.0, process.shift))
+    expect(
+        "diffusion.hinted", section.hinted, 0, not section.hinted or unet.in_channels > unet.latent_channels
+    )
+    if unet.inpaints:
+        raise CheckpointError(given.path, "unet in_channels", "an inpainting model cannot be trained on yet")
+    section.check(process, "diffusion.")
+    return given
 
 
 def _train_autoencoder(

@@ -10,6 +10,7 @@ from torch import nn
 
 from fastldm.training.config import TrainConfig
 from fastldm.training.fit import FitSettings, Loss, Memory, fit
+from fastldm.training.origin import Origin
 from fastldm.training.parallel import ALONE, Workers
 
 
@@ -37,6 +38,8 @@ class Session:
         sample: Callable[[int], None] | None = None,
         critic: nn.Module | None = None,
         memory: Memory | None = None,
+        *,
+        origin: Origin,
     ) -> None:
         """`fastldm.training.fit.fit` in this run's folder, its seeds counted from the run's."""
         fit(
@@ -53,4 +56,5 @@ class Session:
             tensorboard=self.config.tensorboard,
             critic=critic,
             memory=memory,
+            origin=origin,
         )

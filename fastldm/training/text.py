@@ -29,6 +29,7 @@ from fastldm.scenes import (
     relation,
 )
 from fastldm.training.data import SceneData
+from fastldm.training.origin import digest
 from fastldm.training.session import Session
 
 UNTOLD = -1
@@ -72,6 +73,11 @@ def answers(scene: Scene, told: frozenset[str]) -> list[int]:
 def token_ids(tokenizer: Tokenizer, texts: Sequence[str]) -> Tensor:
     """The first chunk of each text: int64 [rows, max_length]."""
     return torch.tensor([tokenizer.encode(text).chunks[0] for text in texts])
+
+
+def vocabulary_digest(tokenizer: Tokenizer) -> str:
+    """Of the tokens and their ids."""
+    return digest(sorted(tokenizer.backend.get_vocab().items()))
 
 
 def without_some(texts: Sequence[str], chance: float, generator: torch.Generator) -> list[str]:
@@ -142,4 +148,9 @@ def train_text_encoder(
         ids = token_ids(tokenizer, texts).to(session.device)
         return reader_loss(reader(ids), torch.tensor(labels, device=session.device))
 
-    session.fit("text", reader, loss, settings, seed=1)
+    origin = {
+        "set of pictures": data.pictures_digest,
+        "vocabulary": vocabulary_digest(tokenizer),
+        "network": digest(encoder.config),
+    }
+    session.fit("text", reader, loss, settings, seed=1, origin=origin)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -144,6 +146,26 @@ def test_every_table_from_nothing_to_a_plot(lab: Lab, tmp_path: Path) -> None:
     assert Results.open(kept.file, TINY.digest(), "judge").rows == kept.rows
     assert cells.missing(wanted, Results.open(kept.file, TINY.digest(), "another")) == wanted
     assert not list(lab.judged.glob("*.pt"))  # no samples are left over
+
+
+def test_two_that_measure_at_once_keep_each_others_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = cells._read
+
+    def slowly(file: Path) -> list[cells.Row]:
+        found = read(file)
+        time.sleep(0.05)  # in which another would write, if it could
+        return found
+
+    monkeypatch.setattr(cells, "_read", slowly)
+    both = [(results(tmp_path), Renders(seed)) for seed in (0, 1)]
+    threads = [threading.Thread(target=kept.add, args=(cell, {"distance": 1.0})) for kept, cell in both]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(row["seed"] for row in results(tmp_path).rows) == [0, 1]
 
 
 def test_work_that_is_stopped_goes_on_to_the_same_bits(reader: Judge, tmp_path: Path) -> None:

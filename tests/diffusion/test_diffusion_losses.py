@@ -8,6 +8,7 @@ from fastldm.diffusion import (
     SchedulerConfig,
     add_noise,
     alphas_cumprod,
+    min_snr_weight,
     posterior,
     q_sample,
     simple_loss,
@@ -90,6 +91,19 @@ def test_the_posterior_is_bayes():
     torch.testing.assert_close(q.mean_x0[1:], before.sqrt() / (1 - before) / precision, rtol=1e-10, atol=0)
     torch.testing.assert_close(q.mean_xt[1:], alpha.sqrt() / (1 - alpha) / precision, rtol=1e-10, atol=0)
     assert (q.variance[0], q.mean_x0[0], q.mean_xt[0]) == (0, 1, 0) and q.log_variance[0] == q.log_variance[1]
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_min_snr_trains_pure_noise_too(prediction):
+    """min(SNR, 5) on the loss of x0; at SNR 0, where it would be none, the plain loss of the answer."""
+    alpha = torch.tensor([0.0, 0.6, 0.96], dtype=torch.float64)
+    sigma = 1 - alpha if prediction == "flow" else (1 - alpha**2).sqrt()
+    snr = (alpha / sigma) ** 2
+    of_x0 = {"epsilon": sigma / alpha, "sample": torch.ones(3)}.get(prediction, sigma)
+    wanted = snr.clamp(max=5) * of_x0**2
+    weight = min_snr_weight(prediction, alpha, sigma)
+    assert weight.dtype == torch.float64 and weight[0] == 1
+    torch.testing.assert_close(weight[1:], wanted[1:], rtol=1e-12, atol=0)
 
 
 def test_simple_loss_is_a_mean_per_row():

@@ -103,9 +103,9 @@ def test_min_snr_weighs_the_error_of_x0(prediction):
 def test_min_snr_is_finite_without_signal_and_without_noise():
     ends = torch.tensor([0.0, 1.0], dtype=torch.float64)
     assert min_snr_weight("epsilon", ends, 1 - ends, 5.0).tolist() == [1, 0]
-    assert min_snr_weight("v_prediction", ends, 1 - ends, 5.0).tolist() == [0, 0]
-    assert min_snr_weight("sample", ends, 1 - ends, 5.0).tolist() == [0, 5]
-    assert min_snr_weight("flow", ends, 1 - ends, 5.0).tolist() == [0, 0]
+    assert min_snr_weight("v_prediction", ends, 1 - ends, 5.0).tolist() == [1, 0]
+    assert min_snr_weight("sample", ends, 1 - ends, 5.0).tolist() == [1, 5]
+    assert min_snr_weight("flow", ends, 1 - ends, 5.0).tolist() == [1, 0]
 
 
 class Recorder:
@@ -148,7 +148,8 @@ def test_a_training_step(prediction, weighting):
 def test_a_flow_training_step(timesteps, shift):
     """x = (1 - sigma)*x0 + sigma*noise, t = 1000*sigma, target noise - x0; sigma from its distribution."""
     config = SchedulerConfig(class_name="FlowMatchEulerDiscreteScheduler", shift=shift)
-    objective = Objective(timesteps=timesteps, logit_mean=0.5, logit_deviation=0.8)
+    given = {"logit_mean": 0.5, "logit_deviation": 0.8} if timesteps == "logit_normal" else {}
+    objective = Objective(timesteps=timesteps, **given)
     clean = torch.randn(4000, 1, 1, 2, generator=torch.Generator().manual_seed(7))
     model = Recorder()
     losses = Criterion(objective, config)(model, clean, generator=torch.Generator().manual_seed(8))
@@ -186,6 +187,20 @@ def test_hybrid_trains_the_variance_by_the_bound_alone():
     (1000 * 0.01 * bound).sum().backward()
     torch.testing.assert_close(variance, free.grad[:, 2:])
     assert (variance.flatten(1).abs().amax(1) > 0).all()
+
+
+def test_losses_of_all_processes_are_remembered():
+    """As if two of them had seen the same."""
+    config = SchedulerConfig(num_train_timesteps=10, beta_end=0.5)
+    clean = torch.rand(6, 1, 2, 2, generator=torch.Generator().manual_seed(1))
+    alone, pair = (
+        Criterion(Objective("vlb", timesteps="loss_second_moment"), config, gathered)
+        for gathered in (lambda rows: rows, lambda rows: torch.cat([rows, rows]))
+    )
+    for criterion in (alone, pair):
+        criterion(Recorder(), clean, generator=torch.Generator().manual_seed(2))
+    assert int(alone.resampler.counts.sum()) == 6
+    assert torch.equal(pair.resampler.counts, 2 * alone.resampler.counts)
 
 
 def test_resampling_keeps_the_loss_and_remembers():
@@ -234,6 +249,10 @@ def test_losses_are_float32_of_a_bfloat16_answer():
         ("vlb_weight", {"vlb_weight": -1.0}),
         ("logit_mean", {"logit_mean": "0"}),
         ("logit_deviation", {"logit_deviation": 0.0}),
+        ("gamma", {"gamma": 1.0}),
+        ("vlb_weight", {"loss": "vlb", "vlb_weight": 1.0}),
+        ("logit_mean", {"logit_mean": 1.0}),
+        ("logit_deviation", {"timesteps": "uniform", "logit_deviation": 0.5}),
         ("weighting", {"loss": "vlb", "weighting": "min_snr"}),
         ("weighting", {"loss": "absolute", "weighting": "min_snr"}),
     ],

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,7 @@ from safetensors.torch import load_file
 
 import fastldm
 from fastldm import cli
+from fastldm.checkpoint import save_folder
 from fastldm.errors import CheckpointError, InvalidArgument
 from fastldm.training import lora, run
 from fastldm.training.config import LoraConfig, read_config
@@ -96,10 +99,31 @@ def test_a_stopped_run_goes_on_to_the_same_bits(
     assert whole.keys() == again.keys() and all(torch.equal(whole[key], again[key]) for key in whole)
 
 
-def test_latents_of_other_pictures_are_refused(config: Path, tmp_path: Path) -> None:
+def test_a_state_of_other_pictures_or_of_another_model_is_refused(config: Path, tmp_path: Path) -> None:
+    def flat() -> bool:
+        means = torch.load(tmp_path / "run" / "latents.pt", weights_only=True)["latents"][0]
+        return bool((means == means[:1, :, :1, :1]).all())
+
     run.main(config, str)
+    text = config.read_text()
+    config.write_text(text.replace("rank = 2", "rank = 2\nalpha = 4"))
+    with pytest.raises(CheckpointError, match=r"lora\.pt: was trained with another alpha; remove it"):
+        run.main(config, str)
+    other = tmp_path / "other"
+    shutil.copytree(text.split('start = "')[1].split('"')[0], other)
+    pipe = fastldm.load(other).components
+    torch.nn.init.zeros_(pipe.vae.encoder.conv_out.weight)
+    torch.nn.init.zeros_(pipe.unet.conv_out.weight)
+    parts = {name: getattr(pipe, name) for name in ("unet", "vae", "text_encoder", "tokenizer", "scheduler")}
+    save_folder(other, **parts)
+    assert not flat()
+    config.write_text(re.sub('start = ".*"', f'start = "{other}"', text))
+    with pytest.raises(CheckpointError, match="another start, another encoder; remove it"):
+        run.main(config, str)
+    assert flat()  # the latents are made anew, by an encoder that sees nothing
+    config.write_text(text)
     (tmp_path / "pictures" / "0.txt").unlink()
-    with pytest.raises(CheckpointError, match="latents of 5 pictures, and there are 4; remove it"):
+    with pytest.raises(CheckpointError, match="another set of pictures, another set of captions; remove it"):
         run.main(config, str)
 
 
@@ -122,9 +146,11 @@ def test_without_data_it_learns_from_scenes(config: Path, tmp_path: Path) -> Non
         (("[lora]", "[autoencoder]\n[lora]"), "autoencoder", "absent beside lora"),
         (("[lora]", "[judge]\n[lora]"), "lora", "absent beside judge"),
         (("start =", "# start ="), "start", "required"),
-        (("rank = 2", "rank = 0"), "rank", "1…4096"),
+        (("rank = 2", "rank = 0"), "lora.rank", "1…4096"),
         (("rank = 2", "ranks = 2"), "lora.ranks", "did you mean rank"),
-        (("rank = 2", "alpha = 0"), "alpha", "number"),
+        (("rank = 2", "alpha = 0"), "lora.alpha", "number"),
+        (("rank = 2", "pictures = 3"), "lora.pictures", "one of"),
+        (("seed = 3", "pictures = 3"), "pictures", "absent with data"),
         (('targets = ["to_q", "to_v", "conv1"]', "targets = [1]"), "lora.targets", "str"),
         (("seed = 3", 'device = "gpu"'), "device", "auto, cpu, cuda"),
         (('data = "', '# data = "'), "side", "128"),

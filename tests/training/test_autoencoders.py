@@ -221,7 +221,7 @@ def test_training_against_a_critic_resumes_to_the_bit_and_moves_both_players(tmp
         config = TrainConfig(
             folder, folder, section, DiffusionSection(FitSettings(1, 1, 1.0), (8, 8), (0, 1), (1, 1)), seed=1
         )
-        spied = SimpleNamespace(images=data.images, crops=data_until)
+        spied = SimpleNamespace(images=data.images, crops=data_until, pictures_digest=data.pictures_digest)
         train_autoencoder(Session(config, report=str), spied)
         return torch.load(folder / "autoencoder.pt", weights_only=True)
 

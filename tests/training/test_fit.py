@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,16 +12,16 @@ import pytest
 import torch
 from torch import nn
 
+from fastldm.checkpoint.atomic import save_tensors
 from fastldm.diffusion import Criterion, Objective, SchedulerConfig
-from fastldm.errors import CheckpointError, NonFiniteOutput
+from fastldm.errors import CheckpointError, InvalidArgument, NonFiniteOutput
 from fastldm.training.fit import Average, FitSettings, fit, numbered_generator
 
 
-def problem(steps: int, **changes: object) -> tuple[nn.Module, FitSettings]:
+def problem(steps: int, **changes: Any) -> tuple[nn.Module, FitSettings]:
     torch.manual_seed(0)
-    return nn.Linear(3, 1), FitSettings(
-        steps=steps, batch=4, learning_rate=0.05, warmup=2, ema_decay=0.9, save_every=5, **changes
-    )
+    usual = {"batch": 4, "learning_rate": 0.05, "warmup": 2, "ema_decay": 0.9, "save_every": 5}
+    return nn.Linear(3, 1), FitSettings(steps=steps, **usual | changes)
 
 
 def loss_of(module: nn.Module, batch: int = 4) -> object:
@@ -126,6 +127,83 @@ def test_nan_stops_and_keeps_the_last_good_state(tmp_path: Path) -> None:
     assert torch.load(tmp_path / "it.pt", weights_only=True)["step"] == 5
 
 
+def test_a_gradient_that_is_no_number_is_not_stepped_on(tmp_path: Path) -> None:
+    """The loss is a number there: the root of 0, whose slope is none."""
+    module, settings = problem(20)
+    plain = loss_of(module)
+
+    def loss(step: int, generator: torch.Generator) -> torch.Tensor:
+        root = (0 * module.bias).sum().sqrt() if step == 7 else 0
+        return plain(step, generator) + root
+
+    with pytest.raises(
+        NonFiniteOutput, match=r"gradient's norm is nan at step 7; the last good state is .*it\.pt"
+    ):
+        fit("it", module, loss, settings, tmp_path, 1, str)
+    assert torch.load(tmp_path / "it.pt", weights_only=True)["step"] == 5
+    assert all(torch.isfinite(parameter).all() for parameter in module.parameters())
+
+
+def test_clip_0_leaves_the_gradient_as_it_is(tmp_path: Path) -> None:
+    ends = []
+    for clip in (0.0, 1e6, 0.1):
+        module, settings = problem(5, clip=clip)
+        fit("it", module, loss_of(module), settings, tmp_path / str(clip), 1, str)
+        ends.append(module.weight.detach())
+    assert torch.equal(ends[0], ends[1]) and not torch.equal(ends[0], ends[2])
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("steps", 0),
+        ("batch", 0),
+        ("accumulate", 0),
+        ("save_every", 0),
+        ("warmup", -1),
+        ("learning_rate", 0.0),
+        ("learning_rate", float("nan")),
+        ("decay", 3.0),
+        ("ema_decay", 1.5),
+        ("clip", -1.0),
+        ("weight_decay", -0.1),
+    ],
+)
+def test_settings_out_of_range_are_named(name: str, value: float) -> None:
+    with pytest.raises(InvalidArgument) as caught:
+        FitSettings(**{"steps": 1, "batch": 1, "learning_rate": 1.0, name: value})
+    assert caught.value.name == name
+
+
+def test_a_state_of_another_origin_is_refused_and_named(tmp_path: Path) -> None:
+    """How it is optimised may change; a state that says nothing of its origin is taken."""
+
+    def train(steps: int, seed: int, **origin: str) -> None:
+        module, settings = problem(steps, batch=steps, learning_rate=1 / steps)
+        fit("it", module, loss_of(module), settings, tmp_path, seed, str, origin=origin)
+
+    train(5, 1, vocabulary="a", start="b")
+    train(6, 1, vocabulary="a", start="b")
+    with pytest.raises(CheckpointError, match="another vocabulary; remove it"):
+        train(7, 1, vocabulary="c", start="b")
+    with pytest.raises(CheckpointError, match="another seed, another start; remove it"):
+        train(7, 2, vocabulary="a", start="c")
+    state = torch.load(tmp_path / "it.pt", weights_only=True)
+    assert state["step"] == 6
+    del state["origin"]
+    torch.save(state, tmp_path / "it.pt")
+    train(7, 2, vocabulary="c", start="c")
+    assert torch.load(tmp_path / "it.pt", weights_only=True)["origin"]["vocabulary"] == "c"
+
+
+def test_the_optimiser_obeys_what_is_asked_for_now(tmp_path: Path) -> None:
+    for steps, weight_decay in ((5, 0.01), (10, 0.5)):
+        module, settings = problem(steps, weight_decay=weight_decay)
+        fit("it", module, loss_of(module), settings, tmp_path, 1, str)
+    (group,) = torch.load(tmp_path / "it.pt", weights_only=True)["optimizer"]["param_groups"]
+    assert group["weight_decay"] == 0.5
+
+
 def test_average_against_its_formula() -> None:
     module = nn.Linear(1, 1, bias=False).double()
     nn.init.constant_(module.weight, 0.0)
@@ -184,6 +262,30 @@ def test_a_full_disk_is_named_and_the_last_good_state_stays(
         fit("it", module, loss_of(module), settings, tmp_path, 1, str)
     assert torch.load(tmp_path / "it.pt", weights_only=True)["step"] == 5
     assert sorted(file.name for file in tmp_path.iterdir()) == ["it.csv", "it.pt"]  # nothing half written
+
+
+def test_a_file_that_cannot_grow_is_named_and_nothing_is_left(tmp_path: Path) -> None:
+    """What torch itself raises of a full disk, here of a limit on the size of files."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        with pytest.raises(CheckpointError, match=r"it\.pt: cannot be written"):
+            save_tensors(tmp_path / "it.pt", torch.zeros(100_000))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("torn", ["\r\n6", "60,0.", "\0\0\0", "60,a,b,c\r\n\r\n"])
+def test_a_torn_row_of_the_curve_is_passed_over(tmp_path: Path, torn: str) -> None:
+    for steps in (60, 120):
+        module, settings = problem(steps)
+        fit("it", module, loss_of(module), settings, tmp_path, 1, str)
+        if steps == 60:
+            with open(tmp_path / "it.csv", "a", newline="") as file:
+                file.write(torn)
+    rows = [line.split(",") for line in (tmp_path / "it.csv").read_text().splitlines()]
+    assert [row[0] for row in rows] == ["50", "60", "100", "120"] and {len(row) for row in rows} == {4}
 
 
 def test_the_curve_of_a_resumed_run_has_each_step_once(tmp_path: Path) -> None:

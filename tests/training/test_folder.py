@@ -14,7 +14,7 @@ import fastldm
 from fastldm.errors import InvalidArgument
 from fastldm.training import run
 from fastldm.training.folder import FolderData
-from tests.training.test_train import TINY
+from tests.training.test_train import of_folder
 
 
 def picture(
@@ -45,6 +45,17 @@ def test_text_files_and_metadata_say_the_same(tmp_path: Path) -> None:
     assert a.images.shape == (2, 32, 32, 3) and tuple(a.images[1, 5, 5].tolist()) == (9, 90, 200)
     assert a.vocabulary() == ["the", "sea", "a", "blue", "sky", "."]
     assert [text for text, _ in a.captions([1, 0, 1], torch.Generator())] == [a.texts[i] for i in (1, 0, 1)]
+
+
+def test_a_caption_may_hold_any_character_and_a_file_a_byte_order_mark(tmp_path: Path) -> None:
+    text = "one\u2028two\u0085three"
+    for folder in (tmp_path / "a", tmp_path / "b"):
+        picture(folder / "one.png")
+    row = json.dumps({"file_name": "one.png", "text": text}, ensure_ascii=False)
+    (tmp_path / "a" / "metadata.jsonl").write_bytes((row + "\r\n").encode("utf-8-sig"))
+    (tmp_path / "b" / "one.txt").write_bytes(text.encode("utf-8-sig"))
+    for name in "ab":
+        assert FolderData.read(tmp_path / name, 32, report=pytest.fail).texts == (text,)
 
 
 def test_a_picture_is_shrunk_to_its_shorter_side_and_cropped_to_its_middle(tmp_path: Path) -> None:
@@ -102,13 +113,7 @@ def test_a_model_is_trained_on_a_folder_and_generates(tmp_path: Path) -> None:
     for i in range(6):
         captioned(tmp_path / "data", f"{i}.png", f"number {i} is blue", colour=(0, 0, 40 * i))
     config = tmp_path / "mine.toml"
-    text = TINY.format(folder=tmp_path).replace("alignment = 0.1\n", "")
-    text = (
-        text[: text.index("[text]")] + "[text]\nwidth = 16\nheads = 2\n\n" + text[text.index("[diffusion]") :]
-    )
-    config.write_text(
-        f'data = "{tmp_path}/data"\nside = 32\n' + text.replace("save_every = 2", "sample_every = 4")
-    )
+    config.write_text(of_folder(tmp_path).replace("save_every = 2", "sample_every = 4"))
     said: list[str] = []
     output = run.main(config, said.append)
     assert "reconstruction of the first pictures" in "".join(said)

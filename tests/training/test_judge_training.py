@@ -154,3 +154,6 @@ def test_the_recipe_is_readable_and_its_keys_are_checked(tmp_path: Path) -> None
     wrong.write_text(recipe.read_text().replace("[judge]", "[judge]\nspoiled = 0.5"))
     with pytest.raises(InvalidArgument, match="judge.spoiled=0.5.*did you mean spoilt"):
         read_config(wrong)
+    wrong.write_text(recipe.read_text().replace("[judge]", "[judge]\nspoilt = 1.5"))
+    with pytest.raises(InvalidArgument, match="judge.spoilt=1.5"):
+        read_config(wrong)

@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 import torch
 from torch import nn
+from fastldm.diffusion import Criterion, Objective, SchedulerConfig
 from fastldm.training.fit import FitSettings, fit
 from fastldm.training.parallel import joined
 
@@ -33,6 +34,11 @@ def loss(step, generator):
 with joined(torch.device("cpu")) as workers:
     fit("it", module, loss, settings, folder, 1, workers=workers)
     torch.save(module.state_dict(), folder / f"end-{workers.rank}.pt")
+    objective = Objective("vlb", timesteps="loss_second_moment")
+    criterion = Criterion(objective, SchedulerConfig(num_train_timesteps=9), workers.gathered)
+    clean = torch.rand(4, 1, 2, 2) + workers.rank
+    criterion(lambda x, t: x, clean, generator=torch.Generator().manual_seed(workers.rank))
+    torch.save(criterion.state_dict(), folder / f"memory-{workers.rank}.pt")
 """
 
 
@@ -62,6 +68,8 @@ def test_two_processes_equal_one_that_accumulates_twice(tmp_path: Path) -> None:
     for name in one:
         assert torch.equal(two[name], other[name])
         torch.testing.assert_close(two[name], one[name], rtol=1e-5, atol=1e-6)
+    first, second = (torch.load(tmp_path / "two" / f"memory-{rank}.pt", weights_only=True) for rank in (0, 1))
+    assert all(torch.equal(first[name], second[name]) for name in first) and int(first["counts"].sum()) == 8
     (leader, _), (follower, _) = outputs["two"]
     assert "it 12/12" in leader and follower == ""
 

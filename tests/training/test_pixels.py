@@ -18,6 +18,7 @@ from fastldm.errors import CheckpointError, InvalidArgument
 from fastldm.models.pixels import PixelAutoencoder
 from fastldm.training import run
 from fastldm.training.config import read_config
+from tests.training.test_train import going_on
 
 TINY = """
 folder = "{folder}/run"
@@ -132,11 +133,11 @@ def test_what_needs_an_autoencoder_says_so(trained: Path, tmp_path: Path) -> Non
 def test_training_and_a_lora_go_on_from_it(trained: Path, tmp_path: Path) -> None:
     file = tmp_path / "more.toml"
     text = TINY.format(folder=tmp_path).replace(f"{tmp_path}/pictures", f"{trained}/pictures")
-    start = f'seed = 4\nstart = "{trained}/model"'
-    file.write_text(text.replace("seed = 3", start))
+    file.write_text(going_on(text, trained / "model"))
     first, then = (fastldm.load(each).components.unet for each in (trained / "model", run.main(file, str)))
     assert not torch.equal(first.conv_out.weight, then.conv_out.weight)
     settings = '[lora]\ntargets = ["conv1"]\nfit = { steps = 2, batch = 2, learning_rate = 1e-2 }\n'
+    start = f'seed = 4\nstart = "{trained}/model"'
     file.write_text(text[: text.index("[auto")].replace("seed = 3", start) + settings)
     pipe = fastldm.load(trained / "model")
     pipe.load_lora(run.main(file, str))
@@ -144,7 +145,7 @@ def test_training_and_a_lora_go_on_from_it(trained: Path, tmp_path: Path) -> Non
         pipe.components.unet.mid_block.resnets[0].conv1.weight, first.mid_block.resnets[0].conv1.weight
     )
     wrong = text.replace('kind = "pixels"', "block_out_channels = [8, 8]\nlatent_channels = 3")
-    file.write_text(wrong.replace("seed = 3", start))
+    file.write_text(going_on(wrong, trained / "model"))
     with pytest.raises(InvalidArgument, match="pixels, as in") as caught:
         run.main(file, str)
     assert caught.value.name == "autoencoder.kind"

@@ -7,9 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 import fastldm
+from fastldm.checkpoint import save_folder
 from fastldm.errors import InvalidArgument
+from fastldm.models.clip import CLIPTextConfig, CLIPTextModel
+from fastldm.models.tokenizer import Tokenizer
+from fastldm.models.unet import UNet, UNetConfig
+from fastldm.models.vae import AutoencoderKL, VAEConfig
 from fastldm.training import run
 from fastldm.training.config import TrainConfig, read_config
 
@@ -46,6 +52,21 @@ hinted = 0.5
 hints = 5
 fit = {{ steps = 4, batch = 2, learning_rate = 1e-3, warmup = 1, ema_decay = 0.9, save_every = 2 }}
 """
+
+
+def of_folder(folder: Path) -> str:
+    """The same on pictures of 32 × 32 in `folder/data`, without what only scenes can tell."""
+    told = ("pictures = 12\n", "alignment = 0.1\n", "pictures = 8\n", "reading = 0.2\n")
+    text = TINY.format(folder=folder)
+    for line in (*told, "fit = { steps = 3, batch = 8, learning_rate = 1e-3, warmup = 1 }\n"):
+        text = text.replace(line, "")
+    return f'data = "{folder}/data"\nside = 32\n{text}'
+
+
+def going_on(text: str, start: Path) -> str:
+    """The same from a model on, whose text encoder it keeps."""
+    text = text[: text.index("[text]")] + text[text.index("[diffusion]") :]
+    return text.replace("seed = 3", f'seed = 4\nstart = "{start}"')
 
 
 def tiny_config(folder: Path) -> Path:
@@ -88,7 +109,7 @@ def test_other_objectives_end_with_models_that_generate(
         assert pipe.generate("a fish", steps=2, sampler=name).image.size == (128, 128)
     other = "hybrid" if sampler != "ddpm" else "simple"
     plain = file.read_text().replace(f"objective = {objective}", f'objective = {{ loss = "{other}" }}')
-    file.write_text(plain.replace("seed = 3", f'seed = 4\nstart = "{tmp_path}/model"'))
+    file.write_text(going_on(plain, tmp_path / "model"))
     if prediction != "flow":
         with pytest.raises(InvalidArgument, match=f"loss='{other}': allowed is "):
             run.main(file, str)
@@ -101,8 +122,7 @@ def test_training_goes_on_from_a_model_folder(tmp_path: Path) -> None:
     own = "fit = {{ steps = 3, batch = 4, learning_rate = 1e-3, warmup = 1, ema_decay = 0.9 }}\n"
     for name, text in (("decoder", TINY.replace(own, "")), ("all", TINY)):
         file = tmp_path / "more.toml"
-        start = f'seed = 4\nstart = "{tmp_path}/model"'
-        file.write_text(text.format(folder=tmp_path / name).replace("seed = 3", start))
+        file.write_text(going_on(text.format(folder=tmp_path / name), tmp_path / "model"))
         run.main(file, str)
         then = fastldm.load(tmp_path / name / "model").components
         pairs = zip(first.vae.encoder.parameters(), then.vae.encoder.parameters(), strict=True)
@@ -127,8 +147,40 @@ def test_training_goes_on_from_a_model_folder(tmp_path: Path) -> None:
         (("block_out_channels = [8, 16]", ""), "diffusion.block_out_channels", "required"),
         (("seed = 3", "seed = ["), "config", "TOML"),
         (("hinted = 0.5", 'prediction = "noise"'), "diffusion.prediction", "epsilon"),
-        (("hinted = 0.5", 'objective = { loss = "hybrids" }'), "loss", "hybrid"),
-        (("hinted = 0.5", 'objective = { timesteps = "logit_normal" }'), "timesteps", "loss_second_moment"),
+        (("hinted = 0.5", "hinted = 3"), "diffusion.hinted", "0…1"),
+        (("hinted = 0.5", ""), "diffusion.hints", "absent without hinted"),
+        (("hints = 5", "hints = 0"), "diffusion.hints", "1…"),
+        (("hints = 5", "caption_dropout = 7"), "diffusion.caption_dropout", "0…1"),
+        (("hints = 5", "stage = 9"), "diffusion.stage", "1…4"),
+        (("hints = 5", "shift = 3"), "diffusion.shift", "absent without prediction = flow"),
+        (("hints = 5", "objective = { gamma = 1 }"), "diffusion.objective.gamma", "weighting = min_snr"),
+        (
+            ("heads = [1, 2]\nnorm_num_groups = 4", "heads = [1, 2]\nnorm_num_groups = 3"),
+            "diffusion.norm_num_groups",
+            "a divisor",
+        ),
+        (("heads = [1, 2]", "heads = [1, 3]"), "diffusion.heads", "divisors"),
+        (("heads = [1, 2]", "heads = [1]"), "diffusion.heads", "2 numbers"),
+        (("width = 16", "width = 15"), "text.heads", "a divisor"),
+        (("threads = 1", "threads = 0"), "threads", "1…"),
+        (("save_every = 2", "accumulate = 0"), "diffusion.fit.accumulate", "1…"),
+        (("save_every = 2", "save_every = 0"), "diffusion.fit.save_every", "1…"),
+        (("crop = 32", "crop = 33"), "autoencoder.crop", "a multiple of 2, at most the side, 128"),
+        (("crop = 32", "crop = 130"), "autoencoder.crop", "at most"),
+        (("crop = 32", "codes = 7"), "autoencoder.codes", "absent with kl"),
+        (("crop = 32", "whole = 1.5"), "autoencoder.whole", "0…1"),
+        (
+            ("latent_channels = 4\nnorm_num_groups = 4", "latent_channels = 4\nnorm_num_groups = 5"),
+            "autoencoder.norm_num_groups",
+            "a divisor",
+        ),
+        (("seed = 3", 'start = "model"'), "text.fit", "absent with start"),
+        (("hinted = 0.5", 'objective = { loss = "hybrids" }'), "diffusion.objective.loss", "hybrid"),
+        (
+            ("hinted = 0.5", 'hinted = 0.5\nobjective = { timesteps = "logit_normal" }'),
+            "diffusion.objective.timesteps",
+            "loss_second_moment",
+        ),
         (("threads = 1", "side = 64"), "side", "128"),
         (("threads = 1", 'data = "pictures"'), "text.fit", "absent with data"),
         (("crop = 32", 'kind = "vae"'), "autoencoder.kind", "kl, vq"),
@@ -146,6 +198,99 @@ def test_a_bad_configuration_names_the_key(
     with pytest.raises(InvalidArgument, match=says) as caught:
         read_config(file)
     assert caught.value.name == name
+
+
+@pytest.mark.parametrize(
+    ("line", "name"),
+    [
+        ("reading = 0.2", "diffusion.reading"),
+        ("pictures = 8", "diffusion.pictures"),
+        ("stage = 2", "diffusion.stage"),
+        ("hints = 6", ""),
+    ],
+)
+def test_what_only_scenes_have_is_refused_with_data(tmp_path: Path, line: str, name: str) -> None:
+    file = tmp_path / "tiny.toml"
+    file.write_text(of_folder(tmp_path).replace("hints = 5", line))
+    if not name:
+        read_config(file)
+        return
+    with pytest.raises(InvalidArgument, match="absent with data") as caught:
+        read_config(file)
+    assert caught.value.name == name
+
+
+STABLE = {
+    "_class_name": "PNDMScheduler",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "prediction_type": "epsilon",
+    "num_train_timesteps": 1000,
+    "set_alpha_to_one": False,
+    "skip_prk_steps": True,
+    "steps_offset": 1,
+}
+"""The process of Stable Diffusion 1."""
+
+
+def test_training_goes_on_in_the_process_of_the_model_it_starts_from(tmp_path: Path) -> None:
+    """A small Stable Diffusion, which has no channels for hints."""
+    torch.manual_seed(0)
+    tokenizer = Tokenizer.from_words(["red", "blue"], 8)
+    unet = UNetConfig(
+        4, 4, (8, 16), 1, (1, 2), (0, 1), cross_attention_dim=16, norm_num_groups=4, sample_size=8
+    )
+    text = CLIPTextConfig(
+        tokenizer.vocab_size, 16, 64, 2, 2, 8, eos_token_id=tokenizer.eos_id, projection_dim=16
+    )
+    vae = VAEConfig(block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4)
+    save_folder(
+        tmp_path / "start",
+        unet=UNet(unet),
+        vae=AutoencoderKL(vae),
+        text_encoder=CLIPTextModel(text),
+        tokenizer=tokenizer,
+        scheduler=STABLE,
+    )
+    (tmp_path / "data").mkdir()
+    for name in ("red", "blue"):
+        Image.new("RGB", (16, 16), name).save(tmp_path / "data" / f"{name}.png")
+        (tmp_path / "data" / f"{name}.txt").write_text(name)
+    config = f"""
+folder = "{tmp_path}/run"
+output = "{tmp_path}/model"
+start = "{tmp_path}/start"
+data = "{tmp_path}/data"
+side = 16
+threads = 1
+[autoencoder]
+block_out_channels = [8, 8]
+latent_channels = 4
+norm_num_groups = 4
+[diffusion]
+block_out_channels = [8, 16]
+transformer_depth = [0, 1]
+heads = [1, 2]
+norm_num_groups = 4
+fit = {{ steps = 2, batch = 2, learning_rate = 1e-3, sample_every = 2 }}
+"""
+    file = tmp_path / "on.toml"
+    for line, name in (
+        ('prediction = "v_prediction"', "diffusion.prediction"),
+        ("hinted = 0.5", "diffusion.hinted"),
+        ('objective = { loss = "hybrid" }', "diffusion.objective.loss"),
+        ('prediction = "flow"\nobjective = { timesteps = "logit_normal" }', "diffusion.prediction"),
+    ):
+        file.write_text(f"{config}{line}\n")
+        with pytest.raises(InvalidArgument, match=f"as in {tmp_path}/start") as caught:
+            run.main(file, str)
+        assert caught.value.name == name and not (tmp_path / "run").exists()
+    file.write_text(config)
+    run.main(file, str)
+    first, then = (fastldm.load(tmp_path / name).components for name in ("start", "model"))
+    assert then.scheduler == first.scheduler and then.scheduler.class_name == "PNDMScheduler"
+    assert not torch.equal(first.unet.conv_out.weight, then.unet.conv_out.weight)
 
 
 def test_the_shipped_recipe_is_readable() -> None:

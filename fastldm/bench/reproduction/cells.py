@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -172,12 +175,24 @@ class Results:
         return sum((row.get("settings"), row.get("judge")) != ours for row in self.rows)
 
     def add(self, cell: Cell, numbers: Mapping[str, Any]) -> None:
-        """Append a row; the file is read anew and replaced as a whole."""
+        """Append a row; the file is read anew and replaced as a whole, by one process at a time."""
         known = {"cell": cell.name, "seed": cell.seed, "settings": self.settings, "judge": self.judge}
-        self.rows = [*_read(self.file), known | dict(numbers)]
-        lines = ",\n".join(f"  {json.dumps(row, allow_nan=False)}" for row in self.rows)
-        with replacing(self.file) as temporary:
-            temporary.write_text(f'{{"rows": [\n{lines}\n]}}\n', encoding="utf-8")
+        with _alone_in(self.file.parent):
+            self.rows = [*_read(self.file), known | dict(numbers)]
+            lines = ",\n".join(f"  {json.dumps(row, allow_nan=False)}" for row in self.rows)
+            with replacing(self.file) as temporary:
+                temporary.write_text(f'{{"rows": [\n{lines}\n]}}\n', encoding="utf-8")
+
+
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Within the block no other process is in such a block of this folder."""
+    held = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(held)  # which gives the lock back
 
 
 def _read(file: Path) -> list[Row]:
@@ -246,18 +261,24 @@ class _Stopwatch:
         self.began = time.perf_counter()
 
     def __exit__(self, *_: object) -> None:
-        kept = self._kept()
-        self.total = kept.get(self.name, 0.0) + time.perf_counter() - self.began
-        self._keep(kept | {self.name: self.total})
+        spent = time.perf_counter() - self.began
+        with self._alone():
+            kept = self._kept()
+            self.total = kept.get(self.name, 0.0) + spent
+            self._keep(kept | {self.name: self.total})
 
     def forget(self) -> None:
         """The total stands elsewhere; another time begins at 0."""
-        self._keep({name: total for name, total in self._kept().items() if name != self.name})
+        with self._alone():
+            self._keep({name: total for name, total in self._kept().items() if name != self.name})
+
+    def _alone(self) -> AbstractContextManager[None]:
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        return _alone_in(self.file.parent)
 
     def _kept(self) -> dict[str, float]:
         return json.loads(self.file.read_text()) if self.file.exists() else {}
 
     def _keep(self, totals: Mapping[str, float]) -> None:
-        self.file.parent.mkdir(parents=True, exist_ok=True)
         with replacing(self.file) as temporary:
             temporary.write_text(json.dumps(totals))
