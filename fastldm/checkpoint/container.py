@@ -13,6 +13,7 @@ import os
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -84,7 +85,8 @@ class Entry:
             return self.spans
         (span,) = self.spans
         step = (span.end - span.begin) // count
-        return tuple(Span(span.file, cut, cut + step) for cut in range(span.begin, span.end, step))
+        cuts = [span.begin + step * piece for piece in range(count + 1)]
+        return tuple(Span(span.file, *ends) for ends in pairwise(cuts))
 
     def chunks(self) -> Iterator[memoryview]:
         """Its bytes, in order."""

@@ -11,7 +11,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from fastldm.checkpoint.container import Entry, Payload, write_safetensors
-from fastldm.checkpoint.defaults import ABILITIES, default_abilities
+from fastldm.checkpoint.defaults import default_abilities
 from fastldm.checkpoint.load import Config, open_source, pad_id, read_scheduler, read_tokenizer
 from fastldm.checkpoint.networks import build, read_network_config
 from fastldm.checkpoint.paper import paper_names
@@ -19,7 +19,7 @@ from fastldm.checkpoint.pickles import PickleFile
 from fastldm.checkpoint.rename import CLIP, OPEN_CLIP, Names
 from fastldm.checkpoint.save import write_folder
 from fastldm.checkpoint.single import METADATA, single_names
-from fastldm.checkpoint.source import Source, as_convolution
+from fastldm.checkpoint.source import ABILITIES, Source, as_convolution
 from fastldm.errors import CheckpointError, InvalidArgument
 from fastldm.models.clip import CLIP_L
 from fastldm.models.tokenizer import Tokenizer

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from fastldm.abilities import Abilities
+from fastldm.checkpoint.networks import read_network_config
+from fastldm.checkpoint.source import ABILITIES
 from fastldm.models.bert import BERTConfig
 from fastldm.models.conditioners import ClassEmbedderConfig, RescalerConfig
 
@@ -42,9 +44,6 @@ SCHEDULERS: dict[str, dict[str, Any]] = {
     "sd2-inpaint": DDIM,
 }
 
-ABILITIES = "_fastldm"
-"""Where a folder's model_index.json, and the metadata of a single file, say what a model can be asked for."""
-
 
 def default_abilities(family: str, configs: Mapping[str, Mapping[str, Any]]) -> Abilities:
     """What a model of a family can be asked for, with these config.json of its networks."""
@@ -72,7 +71,7 @@ def _paper_abilities(family: str, configs: Mapping[str, Mapping[str, Any]]) -> A
     if family == "ldm-inpaint":
         return replace(plain, inpainting=True, needs="mask")
     if family == "ldm-upscale":
-        factor = 2 ** (len(configs["vae"]["block_out_channels"]) - 1)  # pixels along a side of one latent
+        factor = read_network_config("vae", configs["vae"], Path("vae/config.json")).factor
         return replace(plain, upscaling=factor, inpainting=False, needs="image")
     return plain
 

@@ -187,7 +187,7 @@ def infer_vae(shapes: Shapes, scaling_factor: float | None) -> dict[str, Any]:
     levels = shapes.count(lambda i: f"encoder.down.{i}.block.0.conv1.weight")
     if not 0 < levels <= MAX_LEVELS:
         raise shapes.error("encoder.down.*", f"has {levels} levels")
-    kinds = ["Attn" if f"encoder.down.{i}.attn.0.q.weight" in shapes else "" for i in range(levels)]
+    kinds = ["Attn" if f"encoder.down.{i}.attn.0.norm.weight" in shapes else "" for i in range(levels)]
     shared = {
         "in_channels": shapes.get("encoder.conv_in.weight", 4)[1],
         "out_channels": shapes.get("decoder.conv_out.weight", 4)[0],
@@ -200,7 +200,7 @@ def infer_vae(shapes: Shapes, scaling_factor: float | None) -> dict[str, Any]:
         "up_block_types": [f"{kind}UpDecoderBlock2D" for kind in kinds[::-1]],
         "act_fn": "silu",
         "norm_num_groups": 32,
-        "mid_block_add_attention": "encoder.mid.attn_1.q.weight" in shapes,
+        "mid_block_add_attention": "encoder.mid.attn_1.norm.weight" in shapes,
     }
     if "quantize.embedding.weight" in shapes:
         codes, width = shapes.get("quantize.embedding.weight", 2)

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from fastldm.checkpoint.container import Entry, WeightFile
-from fastldm.checkpoint.defaults import ABILITIES, read_abilities
+from fastldm.checkpoint.defaults import read_abilities
 from fastldm.checkpoint.detect import FOREIGN_CLASSES, family_of
 from fastldm.checkpoint.limits import read_json
 from fastldm.checkpoint.overrides import overlay
 from fastldm.checkpoint.pickles import open_weights
 from fastldm.checkpoint.rename import modern_text_key, modern_vae_key
-from fastldm.checkpoint.source import PARTS, Part, Skipped, Source, as_matrix
+from fastldm.checkpoint.source import ABILITIES, PARTS, Part, Skipped, Source, as_matrix
 from fastldm.errors import CheckpointError
 from fastldm.models.pixels import PIXELS
 
@@ -41,18 +41,23 @@ def open_folder(path: Path, overrides: Mapping[str, Any], allow_pickle: bool = F
         raise CheckpointError(path, None, _not_a_model(path))
     index = read_json(path / INDEX)
     present = _check_index(path / INDEX, index)
-    skipped = Skipped()
+    skipped, variant = Skipped(), overrides.get("variant")
     files: list[WeightFile] = []
     parts = {}
     for name in present:
         config_file = path / name / "config.json"
-        config = overlay(read_json(config_file), overrides.get(name))
+        config = read_json(config_file)
+        if name in ("unet", "vae"):  # whose class decides what they are
+            config["_class_name"] = config.get("_class_name") or present[name]
+        config = overlay(config, overrides.get(name))
         weight_file: Path = config_file
         shards: list[WeightFile] = []
         if config.get("_class_name") != PIXELS:
-            weight_file, shards = _weight_files(path / name, overrides.get("variant"), allow_pickle)
+            weight_file, shards = _weight_files(path / name, variant, allow_pickle)
         parts[name] = Part(config, config_file, weight_file, _tensors(name, shards, skipped), lambda key: key)
         files += shards
+    if variant and all(_variant(part.weight_file) != variant for part in parts.values()):
+        raise CheckpointError(path, None, f"holds no weights of the variant {variant!r}")
     scheduler_file = path / "scheduler" / "scheduler_config.json"
     configs = {name: part.config for name, part in parts.items()}
     family = family_of(configs)
@@ -81,9 +86,9 @@ def _not_a_model(path: Path) -> str:
     return why
 
 
-def _check_index(file: Path, index: Mapping[str, Any]) -> list[str]:
-    """The networks that there are; pipelines of other families and components that fastldm does not have are
-    refused.
+def _check_index(file: Path, index: Mapping[str, Any]) -> dict[str, str]:
+    """The networks that there are, and their classes; pipelines of other families and components that fastldm
+    does not have are refused.
     """
     pipeline = str(index.get("_class_name"))
     for beginning, why in FOREIGN_CLASSES.items():
@@ -104,27 +109,34 @@ def _check_index(file: Path, index: Mapping[str, Any]) -> list[str]:
     for name in ("unet", "vae") if pipeline == PAPER_CLASS else PARTS:
         if name not in present:
             raise CheckpointError(file, name, "is missing: the model has no such component")
-    return [name for name in CLASSES if name in present]
+    return {name: present[name] for name in CLASSES if name in present}
+
+
+def _variant(file: Path) -> str | None:
+    """Of which variant a weight file or index is, "" for a plain one; None for any other file."""
+    match = _WEIGHTS.fullmatch(file.name)
+    return (match["before"] or match["after"] or "") if match else None
 
 
 def _weight_files(folder: Path, variant: str | None, allow_pickle: bool) -> tuple[Path, list[WeightFile]]:
     """The file or index to blame for a component's missing tensors, and its weight files.
 
-    Safetensors before pickles. Without a variant asked for: the plain files, else fp16, else bf16, else the
-    first variant by name; one file before shards.
+    Of the variant asked for, else the plain files: some models have a variant of one component only. Without
+    one asked for, safetensors before pickles; the plain files, else fp16, else bf16, else the first variant
+    by name. One file before shards.
     """
     if not folder.is_dir():
         raise CheckpointError(folder, None, "is missing: a diffusers folder has a folder of that name")
     found = []
     for file in folder.iterdir():
-        match = _WEIGHTS.fullmatch(file.name)
-        if match:
-            kind = match["before"] or match["after"] or ""
-            if kind == variant or variant is None:
-                order = {"": 0, "fp16": 1, "bf16": 2}.get(kind, 3)
-                found.append((match["format"] == "bin", order, kind, match["index"] is not None, file))
+        kind = _variant(file)
+        if kind is not None and (variant is None or kind in (variant, "")):
+            instead = variant is not None and kind != variant
+            order = {"": 0, "fp16": 1, "bf16": 2}.get(kind, 3)
+            pickled, sharded = ".bin" in file.suffixes, ".index" in file.suffixes
+            found.append((instead, pickled, order, kind, sharded, file))
     if not found:
-        of_variant = f" of the variant {variant!r}" if variant else ""
+        of_variant = f" of the variant {variant!r}, nor plain ones" if variant else ""
         raise CheckpointError(folder, None, f"holds no weights{of_variant}, neither .safetensors nor .bin")
     *_, sharded, file = min(found)
     return file, _shards(file, allow_pickle) if sharded else [open_weights(file, allow_pickle)]

@@ -76,7 +76,7 @@ class Components:
 def open_source(path: str | os.PathLike[str], config: Config = None, allow_pickle: bool = False) -> Source:
     """The headers and configurations of a model, folder or single file, by what is there."""
     overrides = read_overrides(config)
-    place = resolve(path)
+    place = resolve(path, allow_pickle)
     try:
         opened = open_folder if place.is_dir() else open_single
         return opened(place, overrides, allow_pickle)
@@ -170,7 +170,8 @@ def _own_tokenizer(source: Source) -> Tokenizer:
         return _tokenizer_in(source.tokenizer)
     with TemporaryDirectory() as folder:
         for name, text in source.tokenizer.items():
-            (Path(folder) / name).write_text(text, encoding="utf-8")
+            # Half a surrogate pair is an error of the file, as it is read again.
+            (Path(folder) / name).write_text(text, encoding="utf-8", errors="surrogatepass")
         try:
             return _tokenizer_in(Path(folder))
         except CheckpointError as error:

@@ -30,6 +30,7 @@ from fastldm.checkpoint.tensors import DTYPES, payload, read_tensor
 from fastldm.errors import CheckpointError, InvalidArgument
 
 BLOCK = 1 << 20  # numbers of a weight that are added up at a time
+INTEGERS = {f"{sign}{bits}" for sign in "IU" for bits in (8, 16, 32, 64)}  # merge scripts write alphas so
 DIFFUSERS_FILE, PEFT_FILE = "pytorch_lora_weights.safetensors", "adapter_model.safetensors"
 
 
@@ -138,8 +139,8 @@ def _check(file: SafetensorsFile, entries: Mapping[str, Entry], module: str, sha
     for factor in ("down", "up"):
         if factor not in entries:
             raise refuse(next(iter(entries.values())), f"has no partner: {module} lacks its {factor}")
-    for entry in entries.values():
-        if entry.dtype not in DTYPES:
+    for factor, entry in entries.items():
+        if entry.dtype not in DTYPES and not (factor == "alpha" and entry.dtype in INTEGERS):
             raise refuse(entry, f"is {entry.dtype}; a LoRA holds floats")
     outputs, inputs, *kernel = _trimmed(shape)
     rank = (*entries["down"].shape, 0)[0]
@@ -174,11 +175,18 @@ def _low_rank(
         mid = read_tensor(entries["mid"], torch.float32)
         down = torch.einsum("rshw,si->rihw", mid, down.float().flatten(1))
     if "alpha" in entries:
-        alpha = read_tensor(entries["alpha"], torch.float32).item()
+        alpha = _number(entries["alpha"])
         if alpha <= 0:
             raise CheckpointError(file.path, entries["alpha"].name, f"is {alpha:g}; expected above 0")
     part, _, name = module.partition(".")
     return LowRank(down.flatten(1), up.flatten(1), configs[part].scale(name, rank, alpha))
+
+
+def _number(entry: Entry) -> float:
+    """The one number of a tensor, float or integer."""
+    if entry.dtype in DTYPES:
+        return read_tensor(entry, torch.float32).item()
+    return float(int.from_bytes(b"".join(entry.chunks()), "little", signed=entry.dtype[0] == "I"))
 
 
 def write_lora(

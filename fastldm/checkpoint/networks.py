@@ -11,7 +11,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from fastldm.checkpoint.limits import check_structure
-from fastldm.checkpoint.source import Part, Source
+from fastldm.checkpoint.source import ABILITIES, Part, Source
 from fastldm.checkpoint.tensors import DTYPES
 from fastldm.errors import CheckpointError
 from fastldm.models.bert import LDM_BERT, BERTConfig, BERTModel
@@ -22,11 +22,13 @@ from fastldm.models.conditioners import (
     RescalerConfig,
     SpatialRescaler,
 )
-from fastldm.models.hints import hint_channels
+from fastldm.models.hints import MAP_CLASSES, hint_channels
 from fastldm.models.pixels import PIXELS, Autoencoder, PixelAutoencoder, PixelConfig
 from fastldm.models.unet import UNet, UNetConfig
 from fastldm.models.vae import AutoencoderKL, VAEConfig
 from fastldm.models.vq import VQConfig, VQModel
+
+MAX_MISSING = 1000  # tensors that a network may have beyond those in its files, to tell which is missing
 
 NETWORKS: dict[str, tuple[Any, Any]] = {
     "unet": (UNetConfig, UNet),
@@ -95,6 +97,7 @@ def build(source: Source) -> Networks:
     if unet.num_class_embeds:
         raise CheckpointError(unet_file, "num_class_embeds", f"is {unet.num_class_embeds}: not supported yet")
     _check_channels(networks, source.family, unet_file)
+    _check_abilities(networks, source)
     return networks
 
 
@@ -119,11 +122,40 @@ def _check_channels(networks: Networks, family: str, file: Path) -> None:
         raise CheckpointError(file, "in_channels", why)
 
 
+def _check_abilities(networks: Networks, source: Source) -> None:
+    """Whether the networks can do all that the model says, and are told at least what they need."""
+    told, text, embedder, rescaler = source.abilities, *networks[2:]
+    unet, vae = networks.unet.config, networks.vae.config
+    beside, paper = unet.in_channels - vae.latent_channels, source.family.startswith("ldm")
+    hinted = not paper and beside == hint_channels(vae.latent_channels)
+    if told.prompt:
+        classes = len(told.labels)  # which are words
+    elif embedder is not None:
+        classes = embedder.config.classes
+    else:
+        classes = 0 if text is None else text.config.vocab_size - 1
+    maps = MAP_CLASSES if hinted else 0 if rescaler is None else rescaler.config.in_channels
+    small = paper and rescaler is None and beside == 3
+    for name, fits in (
+        ("prompt", text is not None if told.prompt else not isinstance(text, CLIPTextModel)),
+        ("layout", told.prompt or told.layout == (text is not None)),
+        ("classes", (classes > 0) <= told.classes <= classes),
+        ("segmentation", (rescaler is not None) <= len(told.segmentation) <= maps),
+        ("upscaling", hinted or told.upscaling in (0, vae.factor if small else 0)),
+    ):
+        if not fits:
+            why = f"is {getattr(told, name)!r:.80}, which does not fit the model's networks"
+            raise CheckpointError(source.path, f"{ABILITIES}.{name}", why)
+
+
 def _build(name: str, part: Part) -> Any:
     config = read_network_config(name, part.config, part.config_file)
     try:
-        with _NoInitialValues(), torch.device("meta"):
+        with _NoInitialValues(len(part.tensors) + MAX_MISSING), torch.device("meta"):
             network = _classes(name, part.config)[1](config)
+    except _TooMany:
+        why = f"describes a network of far more tensors than the {len(part.tensors)} there are"
+        raise CheckpointError(part.config_file, None, why) from None
     except (ValueError, RuntimeError) as error:
         raise CheckpointError(
             part.config_file, None, f"describes no network that can be built: {error}"
@@ -148,8 +180,18 @@ def _build(name: str, part: Part) -> Any:
     return network
 
 
+class _TooMany(Exception):
+    """A network has more tensors than it may."""
+
+
 class _NoInitialValues(TorchFunctionMode):
-    """Modules are made without drawing initial values, which takes most of the time of building a network."""
+    """Modules are made without drawing initial values, which takes most of the time of building a network,
+    and of `most` tensors at most: a configuration of a few bytes can ask for millions.
+    """
+
+    def __init__(self, most: int) -> None:
+        super().__init__()
+        self.left = most
 
     def __torch_function__(
         self,
@@ -159,6 +201,10 @@ class _NoInitialValues(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
+        if function is torch.empty:
+            self.left -= 1
+            if self.left < 0:
+                raise _TooMany
         if getattr(function, "__module__", None) == "torch.nn.init":
             return args[0] if args else kwargs["tensor"]
         return function(*args, **kwargs)

@@ -35,8 +35,8 @@ def read_overrides(config: str | os.PathLike[str] | Mapping[str, Any] | None) ->
     """The `config=` argument as fields by component; InvalidArgument for one that is no such thing.
 
     A path is that of a JSON file of this form, of a scheduler_config.json, or of a diffusers folder, of which
-    only the configurations are used. `variant` names the weight files of a folder ("fp16"); "non_ema" asks a
-    single file for the weights that were not averaged.
+    only the configurations are used. `variant` names the weight files of a folder ("fp16"), where a component
+    has such; "non_ema" asks a single file for the weights that were not averaged.
     """
     if config is None:
         return {}

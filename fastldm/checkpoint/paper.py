@@ -14,13 +14,13 @@ from typing import Any
 import torch
 
 from fastldm.checkpoint.container import Entry, WeightFile
-from fastldm.checkpoint.defaults import ABILITIES, DDIM, read_abilities
+from fastldm.checkpoint.defaults import DDIM, read_abilities
 from fastldm.checkpoint.detect import Shapes, family_of, infer_unet, infer_vae
 from fastldm.checkpoint.networks import read_network_config
 from fastldm.checkpoint.overrides import overlay
 from fastldm.checkpoint.rename import STAGES, Names, bert_names, conditioner_names, unet_names, vae_names
-from fastldm.checkpoint.single import embedded_in, name_in_file, renamed, scaling_factor
-from fastldm.checkpoint.source import CONDITIONERS, Part, Skipped, Source
+from fastldm.checkpoint.single import configurations, embedded_in, name_in_file, renamed, scaling_factor
+from fastldm.checkpoint.source import ABILITIES, CONDITIONERS, Part, Skipped, Source
 from fastldm.checkpoint.tensors import DTYPES, read_tensor
 from fastldm.errors import CheckpointError
 from fastldm.models.bert import BERTConfig
@@ -62,7 +62,7 @@ def open_paper(file: WeightFile, overrides: Mapping[str, Any]) -> Source:
     told = model.unet if model else replace(shape, heads=tuple(map(_heads, shape.block_out_channels)))
     inferred["unet"] = replace(shape, heads=told.heads, sample_size=told.sample_size).to_dict()
     inferred |= _conditioner(Shapes(path, STAGES["text_encoder"], shapes), inferred["vae"], model)
-    configs = {part: overlay(embedded.get(part, inferred[part]), overrides.get(part)) for part in inferred}
+    configs = configurations(inferred, embedded, overrides)
     names = paper_names({part: read_network_config(part, configs[part], path) for part in configs})
     skipped = Skipped()
     entries = _averaged(file, skipped, raw=overrides.get("variant") == RAW)

@@ -16,6 +16,7 @@ from typing import Any
 
 MAX_OPERATIONS = 600_000  # 20 000 tensors take 560 000
 MAX_NAMES = 50_000  # slow to read, and kept by what uses them again
+MAX_NAME = 200  # characters; longer ones are followed no further
 
 _STORED = {
     **{"Double": "F64", "Float": "F32", "Half": "F16", "BFloat16": "BF16"},
@@ -132,14 +133,9 @@ class Machine:
             case "POP_MARK":
                 self._pop_mark()
             case "GLOBAL":
-                self.names += 1
-                if self.names > MAX_NAMES:
-                    raise ValueError(f"more than {MAX_NAMES} names")
-                stack.append(Name(argument.replace(" ", ".")))
+                stack.append(self._name(*argument.partition(" ")[::2]))
             case "STACK_GLOBAL":
-                module, name = self._pop(2)
-                known = type(module) is str and type(name) is str
-                stack.append(Name(f"{module}.{name}") if known else OPAQUE)
+                stack.append(self._name(*self._pop(2)))
             case "BINPERSID":
                 stack.append(_storage(self._pop(1)[0]))
             case "REDUCE":
@@ -150,6 +146,15 @@ class Machine:
                 stack.append(argument)
             case _:
                 self._skip(operation)
+
+    def _name(self, module: Any, name: Any) -> Any:
+        """What a class or function of a module is called."""
+        self.names += 1
+        if self.names > MAX_NAMES:
+            raise ValueError(f"more than {MAX_NAMES} names")
+        if type(module) is not str or type(name) is not str or len(module) + len(name) > MAX_NAME:
+            return OPAQUE
+        return Name(f"{module}.{name}")
 
     def _set(self, keys: list[Any], values: list[Any]) -> None:
         """Entries of the dict on the stack; only names and numbers are keys."""

@@ -188,7 +188,7 @@ def _vae_pairs(levels: int, layers: int) -> Iterator[Pair]:
         yield f"{half}.norm_out", f"{half}.conv_norm_out"
         yield f"{half}.conv_out", f"{half}.conv_out"
         yield f"{half}.mid.block_1", f"{half}.mid_block.resnets.0"
-        yield from _below(f"{half}.mid.attn_1", f"{half}.mid_block.attentions.0", VAE_ATTENTION)
+        yield from _vae_attention(f"{half}.mid.attn_1", f"{half}.mid_block.attentions.0")
         yield f"{half}.mid.block_2", f"{half}.mid_block.resnets.1"
     for level in range(levels):
         for layer in range(layers):
@@ -203,7 +203,13 @@ def _vae_pairs(levels: int, layers: int) -> Iterator[Pair]:
 def _vae_layer(single: str, folder: str, layer: int) -> Iterator[Pair]:
     yield f"{single}.block.{layer}", f"{folder}.resnets.{layer}"
     yield f"{single}.block.{layer}.nin_shortcut", f"{folder}.resnets.{layer}.conv_shortcut"
-    yield from _below(f"{single}.attn.{layer}", f"{folder}.attentions.{layer}", VAE_ATTENTION)
+    yield from _vae_attention(f"{single}.attn.{layer}", f"{folder}.attentions.{layer}")
+
+
+def _vae_attention(single: str, folder: str) -> Iterator[Pair]:
+    """Also under diffusers' names, which some converters left in single files; the last ones are written."""
+    yield from _below(single, folder, [(name, name) for _, name in VAE_ATTENTION])
+    yield from _below(single, folder, VAE_ATTENTION)
 
 
 def modern_vae_key(key: str) -> str:

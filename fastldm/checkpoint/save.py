@@ -13,9 +13,10 @@ import torch
 from fastldm.abilities import Abilities
 from fastldm.checkpoint.atomic import replacing
 from fastldm.checkpoint.container import Payload, write_safetensors
-from fastldm.checkpoint.defaults import ABILITIES, default_abilities
+from fastldm.checkpoint.defaults import default_abilities
 from fastldm.checkpoint.detect import family_of
 from fastldm.checkpoint.folder import INDEX, PAPER_CLASS
+from fastldm.checkpoint.source import ABILITIES
 from fastldm.checkpoint.tensors import payload
 from fastldm.diffusion import SchedulerConfig
 from fastldm.models.bert import BERTModel

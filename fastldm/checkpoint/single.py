@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from fastldm.checkpoint.container import Entry, WeightFile
-from fastldm.checkpoint.defaults import ABILITIES, SCHEDULERS, read_abilities
+from fastldm.checkpoint.defaults import SCHEDULERS, read_abilities
 from fastldm.checkpoint.detect import (
     Shapes,
     family_of,
@@ -25,7 +25,7 @@ from fastldm.checkpoint.limits import parse_json
 from fastldm.checkpoint.networks import read_network_config
 from fastldm.checkpoint.overrides import PREDICTIONS, overlay
 from fastldm.checkpoint.rename import OPEN_CLIP, STAGES, Names, text_names, unet_names, vae_names
-from fastldm.checkpoint.source import CONDITIONERS, PARTS, Part, Skipped, Source, as_matrix
+from fastldm.checkpoint.source import ABILITIES, CONDITIONERS, PARTS, Part, Skipped, Source, as_matrix
 from fastldm.checkpoint.tensors import DTYPES, read_tensor
 from fastldm.errors import CheckpointError
 from fastldm.models.pixels import PixelConfig
@@ -62,7 +62,7 @@ def open_stable(file: WeightFile, overrides: Mapping[str, Any]) -> Source:
     prediction, warnings = _prediction(file, family, embedded, overrides)
     if family == "sd2" and prediction == "v_prediction":
         inferred["unet"]["sample_size"] = 96  # the published v models draw 768², the others 512²
-    configs = {part: overlay(embedded.get(part, inferred[part]), overrides.get(part)) for part in PARTS}
+    configs = configurations(inferred, embedded, overrides)
     names = single_names(configs, stage, path)
     skipped = Skipped()
     unused = partial(_unused_layer, stage, names["text_encoder"])
@@ -166,6 +166,21 @@ def embedded_in(file: WeightFile) -> dict[str, Any]:
         if name not in TOKENIZER_FILES or not isinstance(content, str):
             raise CheckpointError(file.path, where, f"holds the unknown tokenizer file {name!r}")
     return found
+
+
+def configurations(
+    inferred: Mapping[str, Any], embedded: Mapping[str, Any], overrides: Mapping[str, Any]
+) -> dict[str, dict[str, Any]]:
+    """The networks' configurations: the embedded ones, else those inferred, with the user's fields. What is
+    inferred of one tells its class where the embedded one does not.
+    """
+    configs = {}
+    for part, told in inferred.items():
+        config = dict(embedded.get(part, told))
+        if "_class_name" in told:
+            config["_class_name"] = config.get("_class_name") or told["_class_name"]
+        configs[part] = overlay(config, overrides.get(part))
+    return configs
 
 
 def scaling_factor(file: WeightFile) -> float | None:

@@ -39,9 +39,10 @@ _NEAREST = {
     "SASolverScheduler": "dpmpp_2m",
     "FlowMatchHeunDiscreteScheduler": "flow_euler",
 }
-# Classes whose own defaults name another training process than the common one (plain linear, 1e-4 to 0.02).
+# Classes with defaults of their own, where they change numbers; the common ones are those of DDIM.
 _K_DEFAULTS: dict[str, object] = {"beta_start": 0.00085, "beta_end": 0.012}
 _OWN_DEFAULTS: dict[str, dict[str, object]] = {
+    "PNDMScheduler": {"set_alpha_to_one": False},
     "HeunDiscreteScheduler": _K_DEFAULTS,
     "KDPM2DiscreteScheduler": _K_DEFAULTS,
     "KDPM2AncestralDiscreteScheduler": _K_DEFAULTS,

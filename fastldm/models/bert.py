@@ -50,6 +50,9 @@ class BERTConfig:
     def from_dict(cls, fields: Mapping[str, Any], file: str = "text_encoder/config.json") -> BERTConfig:
         """Read the fields of an LDMBert's config.json; CheckpointError for one that this network lacks."""
         config = cls(**read_config(cls, fields, file, fixed=_FIXED, inert=_INERT))
+        if config.max_position_embeddings < 3:  # beginning, a token, end
+            why = f"is {config.max_position_embeddings}; expected at least 3"
+            raise CheckpointError(file, "max_position_embeddings", why)
         for name, most in (("encoder_layers", 128), ("encoder_attention_heads", 256)):
             if getattr(config, name) > most:
                 raise CheckpointError(file, name, f"is {getattr(config, name)}; expected at most {most}")

@@ -67,6 +67,9 @@ class CLIPTextConfig:
         if config.hidden_size % config.num_attention_heads:
             why = f"{config.num_attention_heads} heads do not divide hidden_size {config.hidden_size}"
             raise CheckpointError(file, "num_attention_heads", why)
+        if config.max_position_embeddings < 3:  # beginning, a token, end
+            why = f"is {config.max_position_embeddings}; expected at least 3"
+            raise CheckpointError(file, "max_position_embeddings", why)
         if config.num_hidden_layers > 256:
             raise CheckpointError(
                 file, "num_hidden_layers", f"is {config.num_hidden_layers}; expected at most 256"

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 MAP_CHANNELS = 3
+MAP_CLASSES = 3**MAP_CHANNELS - 1  # of a map
 
 
 def hint_channels(latent_channels: int) -> int:

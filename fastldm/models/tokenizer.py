@@ -13,7 +13,7 @@ import tokenizers
 from tokenizers import AddedToken, Regex, models, normalizers, pre_tokenizers, processors
 
 from fastldm.errors import InvalidArgument
-from fastldm.models.tokenizer_files import FLAGS, Parts, clip_parts, folder_parts
+from fastldm.models.tokenizer_files import FLAGS, Parts, clip_parts, first_line, folder_parts, of_library
 
 LARGEST_WEIGHT = 1000.0
 
@@ -150,7 +150,8 @@ class Tokenizer:
     def encode(self, text: str, max_length: int | None = None) -> TokenizedPrompt:
         """Cut a text into chunks of `max_length` tokens (None: the tokenizer's); no text is one empty chunk.
 
-        Raises InvalidArgument for another type than text, and for half of a surrogate pair.
+        Raises InvalidArgument for another type than text, for half of a surrogate pair, and for what a
+        model's tokenizer.json has no way to read.
         """
         length = max_length or self.max_length
         if not isinstance(text, str) or not _is_unicode(text):
@@ -159,7 +160,7 @@ class Tokenizer:
         weights: list[float] = []
         unknown: dict[str, None] = {}
         for piece, weight in split_weights(text):
-            encoding = self.backend.encode(piece, add_special_tokens=False)
+            encoding = self._encode(piece)
             ids += encoding.ids
             weights += [weight] * len(encoding.ids)
             for index, (start, stop) in zip(encoding.ids, encoding.offsets, strict=True):
@@ -175,6 +176,16 @@ class Tokenizer:
             chunks.append((self.bos_id, *part, self.eos_id, *[self.pad_id] * padding))
             chunk_weights.append((1.0, *weights[start : start + body], *[1.0] * (1 + padding)))
         return TokenizedPrompt(tuple(chunks), tuple(chunk_weights), tuple(unknown))
+
+    def _encode(self, text: str) -> tokenizers.Encoding:
+        """A text without weights."""
+        try:
+            return self.backend.encode(text, add_special_tokens=False)
+        except BaseException as error:
+            if not of_library(error):
+                raise
+            allowed = f"a text that the model's tokenizer can read: {first_line(error)}"
+            raise InvalidArgument("prompt", text, allowed) from None
 
 
 def _is_unicode(text: str) -> bool:

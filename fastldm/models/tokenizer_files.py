@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,7 +20,25 @@ CLIP_SPECIAL = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_tok
 BERT_SPECIAL = {"bos_token": "[CLS]", "eos_token": "[SEP]", "unk_token": "[UNK]", "pad_token": "[PAD]"}
 FLAGS = ("lstrip", "normalized", "rstrip", "single_word", "special")
 MAX_LENGTH = 77  # CLIP's, where a folder states none
-LARGEST_FILE = 64 << 20  # the largest tokenizer.json in use, Gemma's, has 34 MB
+LARGEST_FILE = 16 << 20
+MOST_ENTRIES = 500_000  # of a JSON file, counted by commas and brackets: CLIP's tokenizer.json has 200 000
+
+# What tokenizer.json may do to a text beside Sequence, Replace and Split, all in time linear in its length.
+HARMLESS = frozenset(
+    """
+    BertNormalizer Lowercase NFC NFD NFKC NFKD Nmt Strip StripAccents
+    BertPreTokenizer ByteLevel CharDelimiterSplit Digits Metaspace Punctuation UnicodeScripts Whitespace
+    WhitespaceSplit BPEDecoder ByteFallback CTC Fuse WordPiece
+    """.split()
+)
+MAX_STEPS = 8  # some double a text
+MAX_PATTERN = 10_000  # characters
+# Patterns that match no empty text and never go back by more than a character: alternatives of characters and
+# classes, of which the first may be missing and the last repeat.
+_CHARACTER = r"\\[pP]\{\^?\w+\}|\\[sSdDwWnrt]|\\[^a-zA-Z0-9]"
+_ATOM = rf"(?:{_CHARACTER}|\[(?:{_CHARACTER}|[^\\\[\]])+\]|[^\\\[\](){{}}|?*+^$])"
+_ALTERNATIVE = rf"(?:{_ATOM}\?)?{_ATOM}+\+?"
+_PATTERN = re.compile(rf"{_ALTERNATIVE}(?:\|{_ALTERNATIVE})*")
 
 MERGES = Path(__file__).parents[1] / "assets" / "clip" / "bpe_simple_vocab_16e6.txt.gz"
 MERGES_SHA256 = "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a"
@@ -118,14 +137,50 @@ def _shipped_vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
 
 
 def _json_backend(file: Path) -> tokenizers.Tokenizer:
+    _check_steps(file, _read_json(file))
     content = _read(file)
     try:
         backend = tokenizers.Tokenizer.from_buffer(content)
-    except Exception as error:  # the library raises no narrower type
-        raise CheckpointError(file, None, f"is not a tokenizer: {_line(error)}") from None
+    except BaseException as error:
+        if not of_library(error):
+            raise
+        raise CheckpointError(file, None, f"is not a tokenizer: {first_line(error)}") from None
     if getattr(backend.model, "dropout", None):
         backend.model.dropout = None  # leaving out merges at random is for training
     return backend
+
+
+def of_library(error: BaseException) -> bool:
+    """Whether it may be an error of the tokenizers library, which knows no narrower types: Exception, or a
+    panic.
+    """
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
+
+
+def _check_steps(file: Path, content: Mapping[str, Any]) -> None:
+    """Refuse what may take very long on some text, let it grow without bound, or is not known."""
+    for section in ("normalizer", "pre_tokenizer", "decoder"):
+        steps = [step for step in (content.get(section),) if step is not None]
+        for number, step in enumerate(steps, 1):
+            kind = _object(step, file, section).get("type")
+            if kind == "Sequence":
+                steps += [each for value in step.values() if isinstance(value, list) for each in value]
+            elif kind not in HARMLESS and not (kind in ("Replace", "Split") and _is_plain(step)):
+                shown = f"{json.dumps(step):.120}"
+                raise CheckpointError(file, section, f"is not supported, as it may take for ever: {shown}")
+            if number > MAX_STEPS:
+                raise CheckpointError(file, section, f"has more than {MAX_STEPS} steps")
+
+
+def _is_plain(step: Mapping[str, Any]) -> bool:
+    """Whether a Replace or Split finds its pattern soon, and puts at most a character in its place."""
+    pattern = step.get("pattern")
+    if not isinstance(pattern, dict) or len(str(step.get("content", ""))) > 1:
+        return False
+    if isinstance(text := pattern.get("String"), str):
+        return 0 < len(text) <= MAX_PATTERN
+    text = pattern.get("Regex")
+    return isinstance(text, str) and len(text) <= MAX_PATTERN and _PATTERN.fullmatch(text) is not None
 
 
 def _vocabulary_backend(vocabulary_file: Path, merges_file: Path) -> tokenizers.Tokenizer:
@@ -144,7 +199,7 @@ def _vocabulary_backend(vocabulary_file: Path, merges_file: Path) -> tokenizers.
     try:
         return clip_backend(vocabulary, merges)
     except Exception as error:  # the library raises no narrower type
-        raise CheckpointError(vocabulary_file, None, f"is not a vocabulary: {_line(error)}") from None
+        raise CheckpointError(vocabulary_file, None, f"is not a vocabulary: {first_line(error)}") from None
 
 
 def _declared_tokens(
@@ -204,7 +259,8 @@ def _object(value: Any, file: Path, key: str) -> Mapping[str, Any]:
     return value
 
 
-def _line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says."""
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
@@ -225,10 +281,20 @@ def _read_text(file: Path) -> str:
 
 
 def _read_json(file: Path) -> dict[str, Any]:
+    text = _read_text(file)
+    if sum(map(text.count, ",[{")) > MOST_ENTRIES:
+        raise CheckpointError(file, None, f"has more than {MOST_ENTRIES} entries")
     try:
-        content = json.loads(_read_text(file))
+        content = json.loads(text, object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(file, None, f"is not JSON: {error}") from None
     if not isinstance(content, dict):
         raise CheckpointError(file, None, "is not a JSON object")
     return content
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a name appears twice")
+    return found

@@ -127,6 +127,7 @@ def test_metadata_is_read_with_care(mini: Path, tmp_path: Path) -> None:
         (json.dumps({**given, "tokenizer": {"../../evil": "x"}}), "unknown tokenizer file"),
         (json.dumps({**given, "tokenizer": {"tokenizer.json": 5}}), "unknown tokenizer file"),
         (json.dumps({**given, "tokenizer": {"tokenizer.json": "{}"}}), "tokenizer"),
+        (json.dumps({**given, "tokenizer": {"tokenizer.json": "\ud800"}}), "embedded tokenizer.json"),
         (json.dumps({**given, "unet": {**given["unet"], "layers_per_block": 10**6}}), "layers_per_block"),
         (json.dumps({**given, "vae": {**given["vae"], "latent_channels": 3}}), "has shape"),
         ("[" * 100_000, "nested"),
@@ -135,6 +136,26 @@ def test_metadata_is_read_with_care(mini: Path, tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match=why) as caught:
             load_components(file)
         assert str(file) in caught.value.file or why == "tokenizer"
+
+
+def test_a_class_that_no_config_names_is_that_of_the_index(mini: Path, tmp_path: Path) -> None:
+    shutil.copytree(mini / "folder", tmp_path / "model")
+    for part in ("unet", "vae"):
+        file = tmp_path / "model" / part / "config.json"
+        fields = json.loads(file.read_text())
+        file.write_text(json.dumps({key: value for key, value in fields.items() if key != "_class_name"}))
+    single = convert(tmp_path / "model", tmp_path / "one.safetensors")
+    assert single.read_bytes() == (mini / "ours.safetensors").read_bytes()
+
+    with safe_open(single, "pt") as reader:
+        metadata = reader.metadata()
+    embedded = json.loads(metadata["fastldm"])
+    for part in ("unet", "vae"):
+        del embedded[part]["_class_name"]
+    save_file(load_file(single), tmp_path / "two.safetensors", {**metadata, "fastldm": json.dumps(embedded)})
+    folder = convert(tmp_path / "two.safetensors", tmp_path / "folder")
+    index = (folder / "model_index.json", mini / "folder" / "model_index.json")
+    assert index[0].read_bytes() == index[1].read_bytes()
 
 
 def test_save_folder_is_what_load_reads(mini: Path, tmp_path: Path) -> None:

@@ -276,6 +276,7 @@ def check_wrong_fields(mini: Path, tmp_path: Path, folder: str, count: int) -> N
         ("text_encoder/config.json", "num_hidden_layers", 10**6),
         ("text_encoder/config.json", "vocab_size", 2**40),
         ("text_encoder/config.json", "num_attention_heads", 3),
+        ("text_encoder/config.json", "max_position_embeddings", 2),
     ],
 )
 def test_absurd_architectures_are_refused_before_they_are_built(
@@ -287,6 +288,33 @@ def test_absurd_architectures_are_refused_before_they_are_built(
     (model / file).write_text(json.dumps({**content, field: value}))
     error = outcome(model)
     assert error is not None and str(model) in error.file
+
+
+def test_a_network_is_not_built_far_beyond_its_tensors(mini: Path, tmp_path: Path) -> None:
+    """33 856 transformers, of which each field alone is within its limit."""
+    model = tmp_path / "model"
+    shutil.copytree(mini / "folder", model)
+    file = model / "unet" / "config.json"
+    many = {
+        "block_out_channels": [32] * 16,
+        "layers_per_block": 16,
+        "transformer_layers_per_block": 64,
+        "attention_head_dim": 8,
+        "down_block_types": ["CrossAttnDownBlock2D"] * 16,
+        "up_block_types": ["CrossAttnUpBlock2D"] * 16,
+    }
+    file.write_text(json.dumps({**json.loads(file.read_text()), **many}))
+    error = outcome(model)
+    assert error is not None and error.file == str(file) and "far more tensors" in error.why
+
+
+def test_a_joined_tensor_without_numbers(tiny_sd2: Any, tmp_path: Path) -> None:
+    key = next(key for key in tiny_sd2.tensors if key.endswith("in_proj_weight"))
+    tensors = {name: tensor.contiguous() for name, tensor in tiny_sd2.tensors.items()}
+    save_file({**tensors, key: torch.zeros(96, 0)}, tmp_path / "a.safetensors")
+    with pytest.raises(CheckpointError, match=r"has shape \[32, 0\]; expected \[32, 32\]") as caught:
+        inspect(tmp_path / "a.safetensors", "v")
+    assert caught.value.key == key
 
 
 class Evil:

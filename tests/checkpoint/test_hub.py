@@ -44,6 +44,7 @@ OTHER = [
     "v1-5-pruned.ckpt",
     "v1-5-pruned-emaonly.safetensors",
 ]
+PAIR = ("config.json", "model.safetensors")
 HALF = [
     name.replace(".safetensors", ".fp16.safetensors") for name in PLAIN if name.endswith("el.safetensors")
 ]
@@ -82,6 +83,26 @@ def test_fp16_is_taken_where_there_is_nothing_else(downloads: Any, tmp_path: Pat
     repository += [name for name in PLAIN if not name.endswith(".safetensors")] + OTHER + HALF
     resolve("owner/name")
     assert len(calls) == 2 and set(HALF) <= calls[1] and not calls[1] & set(OTHER)
+
+
+def test_pickles_are_taken_where_they_are_allowed_and_all_there_is(downloads: Any) -> None:
+    calls, repository = downloads
+    repository += [name.replace(".safetensors", ".bin") for name in PLAIN] + OTHER
+    resolve("owner/name")
+    assert not any(name.endswith(".bin") for call in calls for name in call)
+    resolve("owner/name", allow_pickle=True)
+    assert {name for name in PLAIN if name.endswith(".txt")} < calls[-1]
+    pickles = {name for name in repository if name.endswith(".bin")}
+    assert {name for name in calls[-1] if name.endswith(".bin")} == pickles
+
+
+def test_models_of_the_paper_have_other_networks(downloads: Any) -> None:
+    calls, repository = downloads
+    repository += ["model_index.json", "README.md", "unet/config.json", "vae/config.json"]
+    repository += [f"{part}/diffusion_pytorch_model.safetensors" for part in ("unet", "vae")]
+    repository += [f"{part}/{name}" for part in ("class_embedder", "rescaler") for name in PAIR]
+    resolve("owner/name")
+    assert calls == [set(repository) - {"README.md"}]
 
 
 def test_errors_of_the_hub_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

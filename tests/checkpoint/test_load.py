@@ -245,9 +245,21 @@ def test_spellings_of_the_text_encoder_and_the_vae(tiny_sd1: Any, tmp_path: Path
     text["text_model.embeddings.position_ids"] = torch.arange(77)[None]
     save_file(text, tmp_path / "old" / "text_encoder" / "model.safetensors")
     old = load(tmp_path / "old")
+    modern = {"q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
+    for part in ("q", "k", "v", "proj_out"):  # as some converters left them, and the matrices such
+        short = {key.replace(f".attn_1.{part}.", f".attn_1.{modern[part]}."): t for key, t in short.items()}
+    assert "first_stage_model.decoder.mid.attn_1.to_out.0.weight" in short
+    flat = {key: t[..., 0, 0] if ".attn_1." in key and t.dim() == 4 else t for key, t in short.items()}
+    save_file({key: tensor.contiguous() for key, tensor in flat.items()}, tmp_path / "modern.safetensors")
+    new = load(tmp_path / "modern.safetensors")
+    both = "first_stage_model.decoder.mid.attn_1.q.bias"
+    twice = {**flat, both: torch.zeros(64)}
+    save_file({key: tensor.contiguous() for key, tensor in twice.items()}, tmp_path / "twice.safetensors")
+    with pytest.raises(CheckpointError, match="stands for the same tensor"):
+        load(tmp_path / "twice.safetensors")
     for name in ("unet", "vae", "text_encoder"):
         expected = getattr(whole, name).state_dict()
-        for other in (found, old):
+        for other in (found, old, new):
             state = getattr(other, name).state_dict()
             assert all(torch.equal(state[key], tensor) for key, tensor in expected.items())
     assert inspect(tmp_path / "old").skipped == {"position_ids": 1}
@@ -274,6 +286,9 @@ def test_shards_and_variants(tiny_sd1: Any, tmp_path: Path) -> None:
         save_file(load_file(file), file.with_name(file.name.replace(".safetensors", ".fp16.safetensors")))
     asked = load(model, config={"variant": "fp16"})
     assert not any(p.any() for p in asked.unet.parameters())
+    ema = load(model, config={"variant": "non_ema"})  # of the UNet alone: the others have their plain files
+    assert not any(p.any() for p in ema.unet.parameters())
+    assert all(torch.equal(t, ema.vae.state_dict()[key]) for key, t in expected.vae.state_dict().items())
     with pytest.raises(CheckpointError, match="variant 'bf16'"):
         inspect(model, {"variant": "bf16"})
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fastldm.abilities import Abilities
-from fastldm.checkpoint import Components, convert, inspect, load_components
+from fastldm.checkpoint import Components, convert, inspect, load_components, save_folder
 from fastldm.checkpoint.load import open_source
 from fastldm.checkpoint.networks import build
 from fastldm.checkpoint.paper import paper_names
@@ -25,6 +25,7 @@ from fastldm.diffusion.loop import sample
 from fastldm.errors import CheckpointError, InvalidArgument
 from fastldm.models.bert import BERTConfig, BERTModel
 from fastldm.models.conditioners import ClassEmbedder, ClassEmbedderConfig, RescalerConfig, SpatialRescaler
+from fastldm.models.pixels import PixelAutoencoder, PixelConfig
 from fastldm.models.tokenizer import Tokenizer
 from fastldm.models.unet import UNet, UNetConfig
 from fastldm.models.vae import AutoencoderKL, VAEConfig
@@ -306,6 +307,40 @@ def test_there_and_back(tiny: Any, tmp_path: Path) -> None:
             assert all(torch.equal(ours[key], tensor) for key, tensor in state[part].items())
         if family == "ldm-text":
             assert model.tokenizer is not None and model.tokenizer.vocab_size == WORDS.vocab_size
+
+
+def test_pixels_can_be_upscaled(tmp_path: Path) -> None:
+    """Without a first stage, as in cascades of diffusion models."""
+    torch.manual_seed(1)
+    save_folder(
+        tmp_path / "model",
+        unet=UNet(replace(_MAP, in_channels=6)),
+        vae=PixelAutoencoder(PixelConfig()),
+        tokenizer=None,
+        scheduler={"_class_name": "DDIMScheduler"},
+    )
+    model = load_components(tmp_path / "model")
+    assert model.family == "ldm-upscale" and model.abilities.upscaling == 1
+
+
+LIES = {  # of what a model can be asked for, that its networks cannot do
+    "ldm-unconditional": {"prompt": {}, "upscaling": {"prompt": False, "upscaling": 2}},
+    "ldm-upscale": {"segmentation": {"prompt": False, "segmentation": ["0"]}},
+    "ldm-class": {"classes": {"prompt": False, "classes": 7}, "layout": {"prompt": False, "layout": True}},
+    "ldm-semantic": {"segmentation": {"prompt": False, "segmentation": list("012345")}},
+    "ldm-layout": {"layout": {"prompt": False, "classes": 63}},
+}
+
+
+def test_abilities_are_held_against_the_networks(tiny: Any, tmp_path: Path) -> None:
+    family, _, _, file = tiny
+    folder = convert(file, tmp_path / "folder", **options(family))
+    index = folder / "model_index.json"
+    for name, lie in LIES.get(family, {}).items():
+        index.write_text(json.dumps({**json.loads(index.read_text()), "_fastldm": lie}))
+        with pytest.raises(CheckpointError, match="does not fit the model's networks") as caught:
+            load_components(folder)
+        assert (caught.value.file, caught.value.key) == (str(folder), f"_fastldm.{name}")
 
 
 def test_missing_and_surplus_tensors_are_named(tiny: Any, tmp_path: Path) -> None:

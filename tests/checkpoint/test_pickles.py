@@ -11,6 +11,7 @@ import shutil
 import struct
 import sys
 import time
+import tracemalloc
 import types
 import zipfile
 from collections import OrderedDict
@@ -25,7 +26,7 @@ from safetensors.torch import load_file
 from fastldm import cli
 from fastldm.checkpoint import convert, inspect, load_components
 from fastldm.checkpoint.info import sha256
-from fastldm.checkpoint.pickle_machine import MAX_OPERATIONS
+from fastldm.checkpoint.pickle_machine import MAX_OPERATIONS, Machine
 from fastldm.checkpoint.pickles import PickleFile, open_weights
 from fastldm.checkpoint.tensors import read_tensor
 from fastldm.errors import CheckpointError, InvalidArgument
@@ -332,6 +333,19 @@ def test_programs_that_are_none(tmp_path: Path) -> None:
     for key in ("x" * 513, "a\nb"):
         torch.save({key: torch.ones(1)}, tmp_path / "names.pt")
         refused(tmp_path / "names.pt", "has an unusable name")
+
+
+def test_names_put_together_are_counted_and_bounded() -> None:
+    """From strings that the program keeps, each name costs it five bytes."""
+    word = b"\x80\x04X" + struct.pack("<L", 100_000) + b"a" * 100_000 + b"\x94"
+    tracemalloc.start()
+    try:
+        Machine().run(word + b"]" + b"h\x00h\x00\x93a" * 300 + b".")
+        assert tracemalloc.get_traced_memory()[1] < 4 << 20
+    finally:
+        tracemalloc.stop()
+    with pytest.raises(ValueError, match="more than 50000 names"):
+        Machine().run(b"\x80\x04\x8c\x01a\x94" + b"h\x00h\x00\x930" * 60_000 + b"N.")
 
 
 def test_archives_that_are_not_plain(tmp_path: Path) -> None:

@@ -95,6 +95,13 @@ def test_every_field_is_kept(key, value):
     assert config.to_dict()[key] == value
 
 
+def test_pndm_has_a_default_of_its_own():
+    config = read({"_class_name": "PNDMScheduler"})
+    assert not config.set_alpha_to_one and read({"_class_name": "DDIMScheduler"}).set_alpha_to_one
+    assert read(config.to_dict()) == config
+    assert read({"_class_name": "PNDMScheduler", "set_alpha_to_one": True}).set_alpha_to_one
+
+
 def test_no_field_is_left_out_of_these_tests():
     assert {field.name for field in fields(SchedulerConfig)} - {"class_name", "inert"} == set(CHANGED)
 

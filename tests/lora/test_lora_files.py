@@ -248,6 +248,17 @@ def test_alpha_where_peft_keeps_it(
     assert read_lora(folder, networks).changes[TO_K].scale == scale
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8], ids=str)
+def test_whole_alphas_as_merge_scripts_write_them(
+    networks: dict[str, nn.Module], write: Callable[..., Path], dtype: torch.dtype
+) -> None:
+    tensors = dict(zip(spelled(TO_K, "kohya"), factors(MODULES[TO_K]), strict=True))
+    alpha = spelled(TO_K, "kohya")[0].replace("lora_down.weight", "alpha")
+    for shape in ((), (1,)):
+        file = write({**tensors, alpha: torch.full(shape, 6, dtype=dtype)})
+        assert read_lora(file, networks).changes[TO_K].scale == 1.5  # of rank 4
+
+
 def test_written_and_read_again(networks: dict[str, nn.Module], tmp_path: Path) -> None:
     pairs = {module: factors(shape, 3) for module, shape in MODULES.items()}
     parts: dict[str, dict[str, tuple[Tensor, Tensor]]] = {}

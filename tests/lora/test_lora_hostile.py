@@ -41,6 +41,8 @@ CASES: dict[str, tuple[dict[str, Tensor], str, str]] = {
     "alpha nan": ({**GOOD, ALPHA: torch.tensor(NAN)}, ALPHA, "NaN or Inf"),
     "alpha 0": ({**GOOD, ALPHA: torch.tensor(0.0)}, ALPHA, "above 0"),
     "alpha negative": ({**GOOD, ALPHA: torch.tensor(-1.0)}, ALPHA, "above 0"),
+    "alpha a negative integer": ({**GOOD, ALPHA: torch.tensor(-2)}, ALPHA, "is -2; expected above 0"),
+    "alpha a truth": ({**GOOD, ALPHA: torch.tensor(True)}, ALPHA, "BOOL"),
     "alpha of two": ({**GOOD, ALPHA: torch.ones(2)}, ALPHA, "one number"),
     "integers": ({**GOOD, A: torch.ones(4, 24, dtype=torch.int32)}, A, "I32"),
     "twice": ({**GOOD, f"base_model.model.{TO_K}.lora_A.weight": GOOD[A]}, "", "given twice"),

@@ -184,7 +184,7 @@ def test_config_written_by_transformers() -> None:
     [
         ("model_type", "t5"), ("hidden_act", "relu"), ("num_attention_heads", 7), ("num_attention_heads", 0),
         ("num_hidden_layers", 10**9), ("num_hidden_layers", "12"), ("num_hidden_layers", True),
-        ("vocab_size", -1), ("hidden_size", 1e3),
+        ("vocab_size", -1), ("hidden_size", 1e3), ("max_position_embeddings", 2),
         ("layer_norm_eps", float("nan")), ("layer_norm_eps", "small"),
         ("use_attention_mask", True), ("pruned_heads", {"0": [1]}), ("rope_theta", 10000.0),
     ],

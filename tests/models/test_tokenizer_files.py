@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import random
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 
-from fastldm.errors import CheckpointError
+from fastldm.errors import CheckpointError, InvalidArgument
 from fastldm.models import tokenizer_files
 from fastldm.models.tokenizer import Tokenizer
 
@@ -162,6 +164,91 @@ def test_oversized_file(monkeypatch: pytest.MonkeyPatch, words: Path) -> None:
     monkeypatch.setattr(tokenizer_files, "LARGEST_FILE", 100)
     with pytest.raises(CheckpointError, match="larger than"):
         Tokenizer.from_folder(words)
+
+
+def regex(kind: str, pattern: str, **more: Any) -> dict[str, Any]:
+    """A Split or Replace as tokenizer.json holds it."""
+    if kind == "Split":
+        more = {"behavior": "Isolated", "invert": False}
+    return {"type": kind, "pattern": {"Regex": pattern}, **more}
+
+
+GROWS = {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 10}
+STEPS = {
+    "charsmap": ("normalizer", {"type": "Precompiled", "precompiled_charsmap": ""}),
+    "growing": ("normalizer", {"type": "Sequence", "normalizers": [GROWS] * 7}),
+    "growing everywhere": ("normalizer", regex("Replace", "x*", content="y")),
+    "doubling": ("normalizer", {"type": "Sequence", "normalizers": [{"type": "ByteLevel"}] * 30}),
+    "nested": ("pre_tokenizer", {"type": "Sequence", "pretokenizers": [regex("Split", "(a+)+b")]}),
+    "backtracking": ("pre_tokenizer", regex("Split", "(?:a|a|b)*(?=[cd])[^a]")),
+    "many optional": ("pre_tokenizer", regex("Split", "a?" * 30 + "a" * 30)),
+    "recursive": ("pre_tokenizer", regex("Split", r"a\g<0>")),
+    "empty": ("pre_tokenizer", regex("Split", "")),
+    "repeated": ("decoder", regex("Replace", "a{99999}", content="")),
+    "unknown": ("normalizer", {"type": "Magic"}),
+    "no object": ("normalizer", ["NFC"]),
+}
+
+
+@pytest.mark.parametrize("case", STEPS)
+def test_steps_that_may_take_for_ever_are_refused(words: Path, case: str) -> None:
+    section, step = STEPS[case]
+    file = words / "tokenizer.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), section: step}))
+    started = time.process_time()
+    with pytest.raises(CheckpointError) as caught:
+        Tokenizer.from_folder(words)
+    assert (caught.value.file, caught.value.key) == (str(file), section)
+    assert time.process_time() - started < 1
+
+
+PLAIN = [
+    r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+",  # of the published CLIP
+    r"<\|startoftext\|>| ?\p{L}+| ?\p{N}+|\s+",
+    r"[\p{L}\p{M}\p{N}]+|,|\.|\-|\[|é|…",
+    r"\d",
+]
+
+
+@pytest.mark.parametrize("pattern", PLAIN)
+def test_plain_patterns_are_read(words: Path, pattern: str) -> None:
+    file = words / "tokenizer.json"
+    changed = {"pre_tokenizer": regex("Split", pattern), "normalizer": regex("Replace", r"\s+", content=" ")}
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changed}))
+    assert Tokenizer.from_folder(words).encode("a").chunks[0][1] == 4
+
+
+def test_patterns_of_our_own_are_read(tmp_path: Path) -> None:
+    marks = [chr(code) for code in range(33, 0x3000) if not chr(code).isalnum() and chr(code).isprintable()]
+    assert len(marks) > 3000
+    Tokenizer.from_words(marks, 12).save(tmp_path)
+    assert Tokenizer.from_folder(tmp_path).encode("(\u266b-").chunks[0].count(3) == 0  # none unknown
+
+
+def test_a_panic_of_the_library_is_an_invalid_argument(words: Path) -> None:
+    tokenizer = Tokenizer.from_folder(words)
+    pattern = tokenizers.Regex(STEPS["backtracking"][1]["pattern"]["Regex"])
+    tokenizer.backend.pre_tokenizer = tokenizers.pre_tokenizers.Split(pattern, "isolated")
+    with pytest.raises(InvalidArgument, match="prompt"):
+        tokenizer.encode("a" * 22 + " d")
+
+
+def test_a_word_without_a_token_is_an_invalid_argument(words: Path) -> None:
+    file = words / "tokenizer.json"
+    content = json.loads(file.read_text())
+    content["model"]["unk_token"] = "<none>"
+    file.write_text(json.dumps(content))
+    with pytest.raises(InvalidArgument, match="prompt='zebra'"):
+        Tokenizer.from_folder(words).encode("zebra")
+
+
+@pytest.mark.parametrize("name", [VOCABULARY, SPECIAL, CONFIG, "tokenizer.json"])
+def test_many_entries_and_names_that_appear_twice(small: Path, name: str) -> None:
+    for content, why in (('{"a": [' + "0, " * 600_000 + "0]}", "entries"), ('{"a": 1, "a": 1}', "twice")):
+        (small / name).write_text(content)
+        with pytest.raises(CheckpointError, match=why) as caught:
+            Tokenizer.from_folder(small)
+        assert caught.value.file == str(small / name)
 
 
 def test_mutated_files_are_refused_or_usable(words: Path) -> None:
