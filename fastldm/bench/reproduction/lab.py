@@ -16,7 +16,7 @@ from fastldm.bench.reproduction import nets
 from fastldm.bench.reproduction.nets import OBJECTIVES, Denoiser, Model
 from fastldm.bench.reproduction.settings import FirstStage, Settings
 from fastldm.bench.reproduction.world import NULL, World, enlarged, pictures
-from fastldm.checkpoint.atomic import replacing
+from fastldm.checkpoint.atomic import save_tensors
 from fastldm.diffusion import Chain, Criterion, bits_per_dimension, build_table, sample, unit_noise
 from fastldm.models.vae import AutoencoderKL
 from fastldm.models.vq import VQModel
@@ -228,8 +228,7 @@ class Lab:
             kept["features"].append(features)
             kept["right"].append(right)
             file.parent.mkdir(parents=True, exist_ok=True)
-            with replacing(file) as temporary:
-                torch.save(kept, temporary)
+            save_tensors(file, kept)
         file.unlink(missing_ok=True)
         return Samples(torch.cat(kept["features"]), torch.cat(kept["right"]), kept["seconds"])
 
