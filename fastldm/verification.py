@@ -5,7 +5,8 @@ PyTorch reference on the same inputs, in the same dtype and in float64. Then the
 latents and pixels, fast, by the references, and by the same networks in float64.
 
 Allowed is twice the error of the reference in the same dtype, plus 4 eps of the largest value; for a norm eps
-counts 1 + |mean| / std times, as rounding the mean does. Where float64 does not fit into memory the reference
+counts 1 + |mean| / std times, as rounding the mean does, for attention in float32 1 + |score| times, as the
+rounding of a score is a relative error of its weight. Where float64 does not fit into memory the reference
 stands for it, and what its own error could have been is taken as one eps.
 """
 
@@ -382,7 +383,13 @@ def _attention_by_head(
 
 
 def _slack(op: ops.Op[..., Any], given: Mapping[str, Any]) -> float:
-    """1 + the largest |mean| / std that a norm divides by; of other ops 1."""
+    """1 + the largest |mean| / std that a norm divides by, or |score| of float32 attention; of other ops 1."""
+    if op is ops.attention:
+        q, k = given["q"], given["k"]
+        if q.dtype != torch.float32:
+            return 1.0
+        heads = zip(q.flatten(0, 1), k.flatten(0, 1), strict=True)
+        return 1.0 + max(_largest(one @ other.mT) for one, other in heads) / q.shape[-1] ** 0.5
     if op is ops.group_norm_silu:
         x = given["x"].double()
         if given.get("row_bias") is not None:

@@ -75,6 +75,20 @@ def test_one_wrong_layer_is_found_and_no_other_is_blamed(
     assert lines[1].startswith("WRONG") and f"{len(wrong)} of {len(found.rows)} rows are wrong" in lines[-1]
 
 
+def test_a_wrong_text_encoder_is_seen_in_the_picture(
+    pipe: fastldm.Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The whole picture is made with its own text: the watched calls go on with the reference's."""
+
+    def change(result: torch.Tensor, x: torch.Tensor, *_: Any) -> torch.Tensor:
+        return result * 1.5 if x.shape[1] == pipe.components.context_length else result
+
+    spoil(monkeypatch, ops.layer_norm, change)
+    wrong = {row.layer for row in verify(pipe, seconds=0).rows if not row.right}
+    assert any(layer.startswith("text_encoder") for layer in wrong)
+    assert f"latents after {verification.STEPS} steps" in wrong
+
+
 def test_a_kernel_that_works_in_place(pipe: fastldm.Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     spoil(monkeypatch, ops.guided_step, lambda result, latents, *_: latents.mul_(1 + 1e-4))
     wrong = [(row.layer, row.op, row.backend) for row in verify(pipe).rows if not row.right]
@@ -123,6 +137,15 @@ def test_the_slack_of_a_norm() -> None:
     tokens = x.permute(0, 2, 3, 1).flatten(1, 2)
     expected = 1 + (tokens.double().mean(-1) / tokens.double().std(-1, correction=0)).abs().max().item()
     assert verification._slack(ops.layer_norm, {"x": tokens, "eps": 0.0}) == pytest.approx(expected)
+
+
+def test_the_slack_of_attention() -> None:
+    q, k = torch.randn(2, 3, 5, 4) * 9, torch.randn(2, 3, 7, 4)
+    expected = 1 + (q.double() @ k.double().mT / 2).abs().max().item()
+    given = {"q": q, "k": k, "v": k}
+    assert verification._slack(ops.attention, given) == pytest.approx(expected)
+    halves = {name: tensor.bfloat16() for name, tensor in given.items()}
+    assert verification._slack(ops.attention, halves) == 1.0
 
 
 @pytest.mark.parametrize("causal", [False, True])

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from fastldm.errors import BackendUnavailable
+from fastldm.ops.registry import order_in_force
 
 WARM_UP = 3  # runs before capture: libraries choose their algorithms in the first, allocators settle in two
 
@@ -110,7 +111,8 @@ W = TypeVar("W", bound=Work)
 
 
 class Graphs:
-    """The captured work of one pipeline by key, least recently used first out. Its owner's lock guards it.
+    """The captured work of one pipeline by key and the backends in force at its capture, least recently used
+    first out. Its owner's lock guards it.
 
     `limit` bounds the bytes of buffers and pool; only what is in use may pass it. Without a recorder, on a
     CPU, all work is launched as it is and nothing is kept.
@@ -128,13 +130,14 @@ class Graphs:
         """Bytes of the buffers and of the pool."""
         return self._pool_bytes + sum(x.nbytes for work in self._kept.values() for x in work.buffers())
 
-    def get(self, key: Hashable, build: Callable[[], W], wanted: bool | None = None) -> W:
-        """The work of this key, captured; as `build` made it where `wanted` is False or a capture failed.
+    def get(self, key: tuple[Hashable, ...], build: Callable[[], W], wanted: bool | None = None) -> W:
+        """The work of this key, its name first, captured; as `build` made it where `wanted` is False or a capture failed.
 
         wanted True: BackendUnavailable where it cannot be captured, and an earlier failure is tried again.
         """
         if self.recorder is None or wanted is False:
             return build()
+        key = *key, order_in_force()
         kept = self._kept.get(key)
         if kept is not None:
             self._kept.move_to_end(key)
@@ -169,7 +172,7 @@ class Graphs:
         self.failures.clear()
         self._shrink(-1)
 
-    def _capture(self, key: Hashable, work: Work, recorder: Recorder) -> None:
+    def _capture(self, key: tuple[Hashable, ...], work: Work, recorder: Recorder) -> None:
         if self._pool is None:
             self._pool = recorder.new_pool()
         grown, together = 0, (work, *work.also)
@@ -179,9 +182,8 @@ class Graphs:
                 try:
                     each.replay, more = recorder.capture(each.launch, self._pool)
                 except Exception as error:
-                    name = key[0] if isinstance(key, tuple) else key
                     why = f"{type(error).__name__}: {error}".splitlines()[0]
-                    self.failures[key] = f"{name} runs without a CUDA graph: {why}"
+                    self.failures[key] = f"{key[0]} runs without a CUDA graph: {why}"
                     self._pool = None  # torch may not take its memory back; nothing is added to it
                     for captured in together:
                         captured.replay = None

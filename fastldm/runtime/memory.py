@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fastldm.errors import OutOfMemory
+from fastldm.ops.registry import order_in_force
 
 
 def available_bytes(device: torch.device) -> int:
@@ -73,7 +74,9 @@ def visiting(network: nn.Module, device: torch.device) -> Callable[..., Tensor]:
 
 
 class TensorCache:
-    """Tensors by what they were made of; the ones used last, up to `limit` bytes. Threads may share it."""
+    """Tensors by what they were made of and by the backends in force then; the ones used last, up to `limit`
+    bytes. Threads may share it.
+    """
 
     def __init__(self, limit: int) -> None:
         self.limit, self.held = limit, 0
@@ -82,6 +85,7 @@ class TensorCache:
 
     def get(self, key: Hashable, make: Callable[[], Tensor]) -> Tensor:
         """The tensor of this key, made now if it is not kept; not to be written to."""
+        key = key, order_in_force()
         with self._lock:
             if key in self._kept:
                 self._kept.move_to_end(key)

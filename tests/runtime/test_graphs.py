@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 import fastldm
+from fastldm import ops
+from fastldm.ops.registry import order_in_force
 from fastldm.pipeline import Pipeline
 from fastldm.runtime.graphs import Function, Graphs, Work
 
@@ -156,6 +158,15 @@ def test_threads_share_the_graphs(captured: Pipeline) -> None:
 def works(graphs: Graphs, recorder: Any, size: int) -> Work:
     x = torch.zeros(size, device=DEVICE)
     return graphs.get(("add", size), lambda: Function(lambda y: y + 1, (x,)))
+
+
+def test_other_backends_have_other_graphs(recorder: Any) -> None:
+    graphs, orders = Graphs(recorder, limit=1 << 30), [("reference",), order_in_force()]
+    kept: list[Work] = []
+    for order in orders * 2:
+        with ops.use_backends(order):
+            kept.append(works(graphs, recorder, 10))
+    assert kept[:2] == kept[2:] and len({*map(id, kept)}) == len({*orders}) == recorder.captures
 
 
 def test_memory_stays_under_the_limit(recorder: Any) -> None:

@@ -10,6 +10,8 @@ import pytest
 import torch
 
 import fastldm
+from fastldm import ops
+from fastldm.ops.registry import order_in_force
 from fastldm.pipeline import Pipeline
 from fastldm.runtime import memory
 from fastldm.runtime.memory import TensorCache, out_of_memory, to_device, to_host
@@ -68,6 +70,16 @@ def test_changed_weights_are_seen(fresh: Pipeline, work: list[str]) -> None:
     fresh.components.unet.conv_in.weight.data = fresh.components.unet.conv_in.weight.data.clone()
     fresh.generate("a red cat", **FAST)
     assert len(work) == count + 8
+
+
+def test_what_other_backends_made_is_not_theirs(fresh: Pipeline, work: list[str]) -> None:
+    orders = ("reference",), order_in_force()
+    for count in (len({*orders}), 0):
+        work.clear()
+        for order in orders:
+            with ops.use_backends(order):
+                fresh.generate("a red cat", **FAST)
+        assert len(work) == 4 * count
 
 
 def test_uncounted_weights_are_never_trusted(pipe: Pipeline) -> None:
