@@ -294,15 +294,20 @@ def _rgb(picture: Image.Image, name: str, shown: object) -> Image.Image:
     if not width * height or picture.mode in ("I", "F"):
         refuse(name, shown, "a picture of at least one pixel, of 8 bits a channel (or 16-bit grey)")
     try:
-        upright = ImageOps.exif_transpose(picture)
-        if upright.mode.startswith("I;16"):
-            return Image.fromarray(np.round(np.asarray(upright) / 257).astype(np.uint8)).convert("RGB")
+        upright = eight_bit(ImageOps.exif_transpose(picture))
         if upright.has_transparency_data:
             layer = upright.convert("RGBA")
             return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
         return upright.convert("RGB")
     except Exception as error:  # Pillow's decoders raise nearly anything on a hostile file
         refuse(name, shown, f"a picture that can be decoded ({_first_line(error)})")
+
+
+def eight_bit(picture: Image.Image) -> Image.Image:
+    """16-bit grey scaled to 8 bits, which Pillow would cut off at 255; any other picture as it is."""
+    if not picture.mode.startswith("I;16"):
+        return picture
+    return Image.fromarray(np.round(np.asarray(picture) / 257).astype(np.uint8))
 
 
 def _too_large(name: str, shown: object) -> NoReturn:

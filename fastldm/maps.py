@@ -11,11 +11,11 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from fastldm.checks import is_dense, refuse
 from fastldm.errors import InvalidArgument
-from fastldm.images import FORMATS, MAX_PIXELS, Array, open_picture
+from fastldm.images import FORMATS, MAX_PIXELS, Array, eight_bit, open_picture
 
 MASKS = (
     "a picture, a path of one, or an array or tensor [height, width] of bools, uint8 or floats 0…1: white, "
@@ -71,7 +71,7 @@ def _array(name: str, value: Any) -> Any:
 
 def _mask(value: object) -> Array:
     if isinstance(value, str | os.PathLike | Image.Image):
-        return _plane("mask", value, lambda picture: picture.convert("L")) >= 128
+        return _plane("mask", value, _grey) >= 128
     if not isinstance(value, np.ndarray) or value.ndim != 2 or not 0 < value.size <= MAX_PIXELS:
         refuse("mask", value, MASKS)
     if value.dtype == np.bool_:
@@ -81,6 +81,12 @@ def _mask(value: object) -> Array:
     if value.dtype.kind != "f" or not (np.isfinite(value).all() and value.min() >= 0 and value.max() <= 1):
         refuse("mask", value, MASKS)
     return np.asarray(value >= 0.5)
+
+
+def _grey(picture: Image.Image) -> Image.Image:
+    if picture.mode in ("I", "F"):  # their range is anybody's guess
+        refuse("mask", f"a picture of mode {picture.mode}", MASKS)
+    return eight_bit(picture).convert("L")
 
 
 def _map(value: object, names: tuple[str, ...]) -> Array:
@@ -107,7 +113,7 @@ def _numbers(picture: Image.Image, allowed: str) -> Image.Image:
 
 
 def _plane(name: str, value: Any, turn: Callable[[Image.Image], Image.Image]) -> Array:
-    """The pixels of a picture or of a file of bounded size, turned into one number each."""
+    """The pixels of a picture or of a file of bounded size, upright, turned into one number each."""
     if isinstance(value, Image.Image):
         return _pixels(name, value, turn)
     with open_picture(value, name, FORMATS) as picture:
@@ -119,7 +125,7 @@ def _pixels(name: str, picture: Image.Image, turn: Callable[[Image.Image], Image
     if not 0 < width * height <= MAX_PIXELS:
         refuse(name, f"{width}x{height}", f"1 to {MAX_PIXELS} pixels")
     try:
-        return np.array(turn(picture))
+        return np.array(turn(ImageOps.exif_transpose(picture)))
     except InvalidArgument:
         raise
     except Exception as error:  # Pillow's decoders raise nearly anything on a hostile file

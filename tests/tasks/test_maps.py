@@ -43,6 +43,23 @@ def test_maps_of_every_kind_are_the_same(tmp_path: Path) -> None:
         assert np.array_equal(made, MAP)
 
 
+def test_sixteen_bit_masks_have_the_range_of_sixteen_bits(tmp_path: Path) -> None:
+    levels = np.array([[0, 1000, 32767], [32768, 60000, 65535]], np.uint16)
+    Image.fromarray(levels).save(tmp_path / "mask.png")
+    for kind in (Image.fromarray(levels), tmp_path / "mask.png"):
+        assert np.array_equal(load_masks(kind, 1)[0], levels >= 2**15)
+
+
+def test_masks_and_maps_are_turned_upright(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # shown turned by 90 degrees
+    turned = {"mask.png": MASK.astype(np.uint8) * 255, "map.png": MAP.astype(np.uint8)}
+    for name, plane in turned.items():
+        Image.fromarray(plane).save(tmp_path / name, exif=exif)
+    assert np.array_equal(load_masks(tmp_path / "mask.png", 1)[0], np.rot90(MASK, -1))
+    assert np.array_equal(load_maps(tmp_path / "map.png", 1, NAMES)[0], np.rot90(MAP, -1))
+
+
 def test_what_was_given_is_not_shared() -> None:
     mask = MASK.copy()
     [made] = load_masks(mask, 1)
@@ -74,6 +91,8 @@ def test_resized_takes_the_nearest() -> None:
         torch.zeros(3, 4, device="meta"),
         torch.zeros(3, 4).to_sparse(),
         np.array([["a"]]),
+        Image.new("I", (4, 3), 70_000),
+        Image.new("F", (4, 3), 0.5),
     ],
 )
 def test_wrong_masks_are_refused(value: object) -> None:
