@@ -84,6 +84,8 @@ def generate(
     Returns a `Result`. Raises InvalidArgument before any work, TypeError for an unknown keyword,
     CheckpointError, OutOfMemory, NonFiniteOutput, BackendUnavailable (cuda_graph=True that cannot be).
     """
+    if not isinstance(model, str | os.PathLike):
+        raise InvalidArgument("model", model, 'a path, a Hub id or "default"')
     return _default(os.fspath(model)).generate(prompt, **arguments)
 
 

@@ -61,7 +61,7 @@ def check_content(
         "prompt_embeds": prompt_embeds,
         "negative_prompt_embeds": negative_prompt_embeds,
     }
-    labels = abilities.classes > 0 and abilities.needs != "layout"
+    labels = _classes(abilities) > 0 and abilities.needs != "layout"
     for name, able in (("label", labels), ("layout", abilities.layout)):
         if told[name] is not None and not able:
             cannot(abilities, name, told[name])
@@ -102,12 +102,17 @@ def _textless(abilities: Abilities, label: object, layout: object) -> Content:
     return Content(None, [""])
 
 
+def _classes(abilities: Abilities) -> int:
+    """How many classes a number can name: where they are words of a prompt, as many as have a name."""
+    return len(abilities.labels) if abilities.prompt else abilities.classes
+
+
 def _label_allowed(abilities: Abilities) -> str:
     if abilities.labels:
         shown = ", ".join(abilities.labels[:20])
         more = f", … ({abilities.classes} in all)" if abilities.classes > 20 else ""
         return f"one of {shown}{more}, or its number"
-    return f"an integer 0…{abilities.classes - 1}"
+    return f"an integer 0…{abilities.classes - 1}" if _classes(abilities) else "words"
 
 
 def _labels(abilities: Abilities, value: object) -> list[int]:
@@ -129,7 +134,7 @@ def _label(abilities: Abilities, name: str, value: object) -> int:
     if (
         isinstance(value, bool)
         or not isinstance(value, int | np.integer)
-        or not 0 <= value < abilities.classes
+        or not 0 <= value < _classes(abilities)
     ):
         refuse(name, value, _label_allowed(abilities))
     return int(value)

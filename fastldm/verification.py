@@ -137,7 +137,7 @@ def verify(
     side = pipe.limits.default_width
     if pipe.device.type == "cpu":
         side = min(side, max(CPU_SIDE // pipe.limits.factor, 1) * pipe.limits.factor)
-    size = {"width": width or side, "height": height or side}
+    size = {"width": side if width is None else width, "height": side if height is None else height}
     with pipe.turn(), torch.inference_mode(False), torch.no_grad():
         model = _twin(pipe, pipe.dtype)
         calls = Calls(_layers(model), began + seconds)
@@ -383,13 +383,10 @@ def _attention_by_head(
 
 
 def _slack(op: ops.Op[..., Any], given: Mapping[str, Any]) -> float:
-    """1 + the largest |mean| / std that a norm divides by, or |score| of float32 attention; of other ops 1."""
-    if op is ops.attention:
-        q, k = given["q"], given["k"]
-        if q.dtype != torch.float32:
-            return 1.0
-        heads = zip(q.flatten(0, 1), k.flatten(0, 1), strict=True)
-        return 1.0 + max(_largest(one @ other.mT) for one, other in heads) / q.shape[-1] ** 0.5
+    """1 + the largest |mean| / std that a norm divides by, or |score| of attention in float32; else 1."""
+    if op is ops.attention and given["q"].dtype == torch.float32:
+        heads = zip(given["q"].flatten(0, 1), given["k"].flatten(0, 1), strict=True)
+        return 1.0 + max(_largest(q @ k.mT) for q, k in heads) / given["q"].shape[-1] ** 0.5
     if op is ops.group_norm_silu:
         x = given["x"].double()
         if given.get("row_bias") is not None:

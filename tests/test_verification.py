@@ -216,8 +216,9 @@ def test_the_pipeline_is_left_as_it_was_and_busy_meanwhile(
 def test_size_and_its_errors(pipe: fastldm.Pipeline) -> None:
     found = verify(pipe, width=64, height=96, seconds=0)
     assert next(row.shape for row in found.rows if row.layer.startswith("pixels")) == (1, 3, 96, 64)
-    with pytest.raises(fastldm.InvalidArgument, match="width=3"):
-        verify(pipe, width=3)
+    for name, value in (("width", 3), ("width", 0), ("height", 0)):
+        with pytest.raises(fastldm.InvalidArgument, match=f"{name}={value}"):
+            verify(pipe, **{name: value})
 
 
 def test_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

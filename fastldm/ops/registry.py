@@ -130,6 +130,8 @@ def resolve(backends: str | tuple[str, ...] | list[str] | None) -> tuple[str, ..
     """
     if backends is None:
         return tuple(name for name in AUTOMATIC if missing(name) is None)
+    if not isinstance(backends, str | tuple | list):
+        raise InvalidArgument("backends", backends, f"some of {', '.join(AUTOMATIC)}, in a string or a list")
     names = (
         tuple(part.strip() for part in backends.split(",")) if isinstance(backends, str) else tuple(backends)
     )

@@ -207,6 +207,11 @@ def test_config_is_checked(tiny_sd1: Any, config: Any) -> None:
         inspect(tiny_sd1.file, config)
 
 
+def test_tokenizer_is_checked(tiny_sd1: Any) -> None:
+    with pytest.raises(InvalidArgument, match="^tokenizer=5: allowed is a Tokenizer, or a folder"):
+        load_components(tiny_sd1.file, tokenizer=5)  # type: ignore[arg-type]
+
+
 def test_the_scale_factor_buffer_is_read(tiny_sd1: Any, tmp_path: Path) -> None:
     file = single(tiny_sd1, tmp_path / "a.safetensors", {"scale_factor": torch.tensor(0.25)})
     assert load(file).vae.config.scaling_factor == 0.25

@@ -60,3 +60,5 @@ def test_explain_names_the_backends_without_a_kernel(monkeypatch: pytest.MonkeyP
 def test_an_order_of_nothing_is_refused() -> None:
     with pytest.raises(InvalidArgument, match="backends"):
         ops.resolve(())
+    with pytest.raises(InvalidArgument, match="backends=5: allowed is some of cuda, triton, cpp, reference"):
+        ops.resolve(5)  # type: ignore[arg-type]

@@ -88,6 +88,16 @@ def test_classes_without_text() -> None:
             check_generate(imagenet, label=label)
 
 
+def test_numbers_of_classes_that_have_no_name_are_no_words() -> None:
+    from tests.test_arguments import LIMITS, check_generate
+
+    nameless = replace(LIMITS, abilities=Abilities(classes=5, layout=True))
+    for told in ({"label": 0}, {"layout": [(0, (0, 0, 1, 1))]}):
+        with pytest.raises(InvalidArgument, match=f"^{next(iter(told))}"):
+            check_generate(nameless, **told)
+    assert check_generate(nameless, layout=[("a cat", (0, 0, 1, 1))]).count == 1
+
+
 @pytest.mark.parametrize(
     ("stated", "key"),
     [
