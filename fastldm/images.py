@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
 import math
 import os
 import secrets
+import shutil
 import stat
 import sys
 from collections.abc import Mapping, Sequence
@@ -196,7 +198,7 @@ def save_pictures(
     *,
     as_grid: bool = False,
 ) -> list[Path]:
-    """Write the pictures as PNG and return their paths; after an error none is there and old files stay.
+    """Write the pictures as PNG and return their paths; errors as in `output_paths` and `write_files`.
 
     `metadata` has one entry a picture. `as_grid` writes one file of all, with the metadata of the first; a
     path that ends in .gif makes an animation of all, without metadata.
@@ -213,15 +215,19 @@ def save_pictures(
 
 
 def write_files(files: Mapping[Path, bytes]) -> None:
-    """Write each file beside its place under a temporary name, then rename all: never half a file.
+    """Write each file beside its place under a temporary name, then rename all: never half a file. One that
+    takes the place of another takes its mode.
 
-    Errors: `FastLDMError` naming the file and the system's reason; every old file is as it was.
+    Errors: `FastLDMError` naming the file and the system's reason. Until all are written every old file is as
+    it was; where a rename fails after that, those renamed before it are the new ones.
     """
     temporary: dict[Path, Path] = {}
     try:
         for path, data in files.items():
             name = temporary[path] = _temporary(path)
             with open(name, "xb") as stream:
+                with contextlib.suppress(OSError):  # no old file, or a file system without modes
+                    shutil.copymode(path, name)
                 stream.write(data)
         for path, name in temporary.items():
             os.replace(name, os.path.realpath(path))

@@ -47,7 +47,8 @@ class Result:
         """Write PNG files that say how they were made: `path`, or path-0, path-1, … for several; or, where
         `path` ends in .gif, an animation of several. Returns their paths.
 
-        Raises InvalidArgument where a file cannot be written; nothing is left half written.
+        Raises InvalidArgument where a file cannot be made, FastLDMError where writing fails, as on a full
+        disk; nothing is left half written.
         """
         if not isinstance(self.images, list):
             raise InvalidArgument(

@@ -426,6 +426,14 @@ def test_a_full_disk_leaves_the_old_files(tmp_path, monkeypatch):
     assert (tmp_path / "out-0.png").read_bytes() == (tmp_path / "out-1.png").read_bytes() == b"old"
 
 
+def test_a_replaced_file_keeps_its_mode(tmp_path):
+    target = tmp_path / "out.png"
+    target.write_bytes(b"old")
+    target.chmod(0o600)
+    images.write_files({target: b"new"})
+    assert target.read_bytes() == b"new" and target.stat().st_mode & 0o777 == 0o600
+
+
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
 def test_a_write_that_fails_late(tmp_path, monkeypatch):
     target = tmp_path / "out.png"
