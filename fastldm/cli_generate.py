@@ -25,6 +25,7 @@ REPLAYED = (
     "upscale shortcuts"
 ).split()
 GIVEN = "image mask segmentation".split()  # pictures that no PNG holds, but for a hash
+SHOWN = "prompt label layout".split()  # what the picture is to show: one of them
 SAMPLER_HELP = "ddpm, ddim, ddim_compvis, euler, euler_a, dpmpp_2m, flow_euler (the model's)"
 CONFIG_HELP = "of a single file: a JSON file, a diffusers folder, v_prediction or epsilon"
 PICKLE_HELP = "read the tensors of a .ckpt, .pt or .bin file; nothing in it is run"
@@ -51,9 +52,9 @@ def generate(options: dict[str, Any]) -> None:
         options["shortcuts"] = shortcuts
     if "pad" in options:
         _pad(options)
-    made_from: Facts = {}
+    made: Facts = {}
     if replay is not None:
-        model, recorded, made_from = _replayed(replay, options, loading, loras)
+        model, recorded, made = _replayed(replay, options, loading, loras)
         options = recorded | options
         loading.setdefault("model", model)
     several = options["prompt"] if isinstance(options.get("prompt"), list) else [None]
@@ -71,7 +72,7 @@ def generate(options: dict[str, Any]) -> None:
     else:
         prompts, seeds = options.pop("prompt", None), options.pop("seed", 0)
         result = fastldm.interpolate(pipe, prompts, seeds, frames, **options)
-    for warning in (*result.warnings, *_others(made_from, result)):
+    for warning in (*result.warnings, *_others(made, result)):
         print(f"fastldm: warning: {one_line(warning)}", file=sys.stderr)
     for path in result.save(output, as_grid=as_grid):
         print(path)
@@ -84,8 +85,8 @@ def generate(options: dict[str, Any]) -> None:
 def _replayed(
     path: str, options: Facts, loading: Facts, loras: list[Any]
 ) -> tuple[str, dict[str, Any], Facts]:
-    """The model and the arguments that a PNG records, and what it tells of pictures that it does not hold;
-    options given beside --replay go before them.
+    """The model that a PNG records, its arguments in so far as no option given beside --replay replaces them,
+    and all that it tells.
     """
     from fastldm import images
 
@@ -100,15 +101,14 @@ def _replayed(
     if made.get("loras") and not loras:
         names = json.dumps(made["loras"])[:200]
         raise InvalidArgument("lora", None, f"--lora FILE:WEIGHT, as the picture was made with: {names}")
-    recorded = {name: arguments[name] for name in REPLAYED if name in arguments}
-    missing = arguments.get("not_recorded")
-    missing = missing if isinstance(missing, dict) else {}
-    for name in missing:
+    replaced = SHOWN if any(name in options for name in SHOWN) else ()
+    recorded = {name: arguments[name] for name in REPLAYED if name in arguments and name not in replaced}
+    for name in _not_recorded(made):
         if name not in GIVEN:
             raise InvalidArgument("replay", path, f"a picture made without {name}=, which no PNG holds")
         if name not in options:
             raise InvalidArgument(name, None, f"--{name} FILE: what this picture was made from")
-    return model, recorded, missing
+    return model, recorded, made
 
 
 def _pad(options: dict[str, Any]) -> None:
@@ -120,12 +120,24 @@ def _pad(options: dict[str, Any]) -> None:
     options["image"], options["mask"] = fastldm.padded(image, **named)
 
 
-def _others(made_from: Facts, result: Any) -> list[str]:
-    """Of the pictures that a replayed one was made from, those which are not what this one was made from."""
-    if not made_from:
+def _others(made: Facts, result: Any) -> list[str]:
+    """Of the model and the pictures that a replayed one was made from, those which are not what this one was
+    made from.
+    """
+    if not made:
         return []
-    now = result.describe(0)["arguments"].get("not_recorded", {})
-    return [f"--{name} is not the one used before" for name in GIVEN if made_from.get(name) != now.get(name)]
+    now = result.describe(0)
+    hashes = made.get("model_hash"), now["model_hash"]
+    others = ["the model"] if all(hashes) and hashes[0] != hashes[1] else []
+    before, after = _not_recorded(made), _not_recorded(now)
+    others += [f"--{name}" for name in GIVEN if name in before and before[name] != after.get(name)]
+    return [f"{name} is not the one used before" for name in others]
+
+
+def _not_recorded(made: Facts) -> Facts:
+    """What a picture was made from and no PNG holds, by name."""
+    missing = made["arguments"].get("not_recorded")
+    return missing if isinstance(missing, dict) else {}
 
 
 def add_options(command: argparse.ArgumentParser) -> None:

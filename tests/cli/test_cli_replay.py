@@ -51,6 +51,24 @@ def test_replay_of_a_mask_and_of_an_enlargement(pipe, run, fails):
     assert code == 0 and "not the one used" not in err and pipe.requests[-1].upscale
 
 
+def test_another_model_is_told(pipe, run, recorded):
+    for known, told in (("abd", True), ("abc", False), (None, False)):
+        write_png("made.png", recorded() | {"model_hash": known})
+        code, _, err = run("generate", "--replay", "made.png")
+        assert code == 0 and ("the model is not the one used before" in err) == told
+
+
+def test_what_is_shown_can_be_replaced(pipe, run):
+    assert run("generate", "a", "--negative", "n")[0] == 0
+    for options, prompt in (
+        (("--label", "dog"), "dog"),
+        (("--layout", "cat:0,0,0.5,0.5"), "cat"),
+        (("b",), "b"),
+    ):
+        assert run("generate", *options, "--replay", "out.png", "-o", "new.png")[0] == 0
+        assert prompt in pipe.requests[-1].prompts[0] and pipe.requests[-1].negatives == ["n"]
+
+
 def test_shortcuts_are_replayed(pipe, run, fails, recorded):
     assert run("generate", "a", "--guidance-interval", 0.2, 0.8, "--whole-every", 2)[0] == 0
     assert pipe.requests[-1].shortcuts == fastldm.Shortcuts((0.2, 0.8), 2)
