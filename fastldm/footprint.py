@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 from fastldm import ops
 from fastldm.arguments import Request
 from fastldm.checkpoint import Components
+from fastldm.errors import OutOfMemory
 from fastldm.models.pixels import PixelConfig
 from fastldm.models.unet import UNetCondition
 from fastldm.models.vae_strips import decode, peak_bytes
@@ -45,11 +46,18 @@ class Footprint:
         """What has to be free."""
         return self.kept + max(self.text, self.encode, self.denoise, self.decode)
 
+    def check(self, asked: str, free: int) -> None:
+        """OutOfMemory, which says what was asked for, where more is needed than is free."""
+        if self.needed > free:
+            sizes = f"{self.needed / 2**30:.1f} GiB are needed, {free / 2**30:.1f} GiB are free"
+            raise OutOfMemory(f"{asked}: {sizes}")
+
 
 def surely_fits(
-    request: Request, components: Components, dtype: torch.dtype, weights: int, free: int
+    request: Request, components: Components, dtype: torch.dtype, slots: int, weights: int, free: int
 ) -> bool:
-    """Whether a request fits beyond doubt, so that no estimate is needed. `weights`: their bytes.
+    """Whether a request in so many slots fits beyond doubt, so that no estimate is needed. `weights`: their
+    bytes.
 
     No stage takes more for an image than its decode in one piece, packed weights apart. Where the latents are
     pixels, steps do.
@@ -57,8 +65,8 @@ def surely_fits(
     config = components.vae.config
     if isinstance(config, PixelConfig):
         return False
-    whole = peak_bytes(config, request.height, request.width, dtype.itemsize, None) * request.count
-    return 4 * whole + 2 * weights <= free
+    whole = peak_bytes(config, request.height, request.width, dtype.itemsize, None)
+    return 4 * whole * max(request.count, slots) + 2 * weights <= free
 
 
 def of(
@@ -66,9 +74,10 @@ def of(
     components: Components,
     dtype: torch.dtype,
     together: int,
+    guided: bool,
     text_visits: bool = False,
 ) -> Footprint:
-    """The footprint of a request of which so many images are denoised together."""
+    """The footprint of a request in so many slots, guided ones or not."""
     embeds = request.prompt_embeds
     return estimate(
         components,
@@ -77,7 +86,7 @@ def of(
         height=request.height,
         images=request.count,
         together=together,
-        guided=request.guided,
+        guided=guided,
         steps=request.steps,
         tokens=components.context_length if embeds is None else embeds.shape[1],
         from_image=request.image is not None,

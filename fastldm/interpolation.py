@@ -61,9 +61,11 @@ def interpolate(
         "latents": _along([_noise(pipe, seed, request) for seed in request.seeds], count, _slerp),
     }
     if len({*zip(request.prompts or (), request.negatives, strict=False)}) < 2:
-        once = {} if prompts is None else {"prompt": given["prompts"][0]}
+        once = {}
+        if prompts is not None:
+            once = {"prompt": given["prompts"][0], "negative_prompt": request.negatives[0]}
         return pipe.generate(**{**arguments, **once, **made, "num_images": count})
-    with pipe.turn():
+    with pipe.turn(), pipe.within_memory(replace(request, seeds=made["seed"])):
         text = pipe.encode(request)
     *negative, positive = text.context.float().split(keys)
     made["prompt_embeds"] = _along(list(positive), count, _lerp)

@@ -76,7 +76,7 @@ def invert(
 def _encode(pipe: Pipeline, request: Request) -> Tensor:
     """The clean latents of the request's images: the means of their posteriors, scaled; float32."""
     vae, means = pipe.components.vae, []
-    with pipe.turn():
+    with pipe.turn(), pipe.within_memory(request):
         for picture in torch.from_numpy(request.image).permute(0, 3, 1, 2):
             pixels = to_device(picture[None] * 2 - 1, pipe.device).to(pipe.dtype)
             means.append(vae.encode(pixels).mean.float())

@@ -9,26 +9,27 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Generator, Iterator, Mapping
-from functools import cached_property, partial
+from collections.abc import Callable, Generator, Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastldm import __version__, footprint, ops
+from fastldm import footprint, ops
 from fastldm.arguments import Limits, Request, check_generate
-from fastldm.checkpoint import Components, inspect
+from fastldm.checkpoint import Components
 from fastldm.diffusion import SamplerTable, build_table
-from fastldm.errors import InvalidArgument, NonFiniteOutput, OutOfMemory
+from fastldm.errors import InvalidArgument, NonFiniteOutput
 from fastldm.lora import MergedLoras
 from fastldm.models.layers import channels_last
 from fastldm.models.text import TextConditioner, TextEmbeddings
 from fastldm.models.unet import UNetCondition
 from fastldm.models.vae_strips import decode
+from fastldm.origin import Origin
 from fastldm.result import Clock, Result
 from fastldm.runtime.graphs import CudaRecorder, Graphs
-from fastldm.runtime.memory import TensorCache, available_bytes, out_of_memory, to_device, visiting
+from fastldm.runtime.memory import TensorCache, available_bytes, out_of_memory, owned, to_device, visiting
 from fastldm.runtime.segments import segments
 from fastldm.runtime.slots import CachingSlots, Group, Kept, Outcome, Slots, Watch, smallest, split, watcher
 from fastldm.runtime.turns import Turns
@@ -56,6 +57,7 @@ class Pipeline:
         shape, rescaler = components.unet.config, components.rescaler
         beside = beside_of(components.family, shape.in_channels, shape.latent_channels, rescaler)
         self.pictures = Pictures(components.vae, beside, device)
+        self.origin = Origin(components.path, components.files)
         self.components, self.device, self.dtype, self.backends = components, device, dtype, backends
         networks, reads = components.networks, components.tokenizer is not None
         visits = reads and offload_text_encoder
@@ -109,7 +111,6 @@ class Pipeline:
     def run(self, request: Request, table: SamplerTable | None = None) -> Result:
         """Make the images of a checked request by its own table, or by another, as that of its inversion."""
         stages = self.stages(request, self.groups(request), table)
-        self._refuse_what_does_not_fit(request)
         with self.turn():
             outcome = None
             while True:
@@ -147,19 +148,24 @@ class Pipeline:
         """Which of its images `generate` makes together, the largest group first."""
         return split(request.count, padded=self.device.type == "cuda")
 
-    def footprint(self, request: Request) -> footprint.Footprint:
-        """How much memory a request will need, to a tenth."""
-        together = smallest(len(self.groups(request)[0]))
+    def footprint(self, request: Request, slots: int | None = None) -> footprint.Footprint:
+        """How much memory a request will need, to a tenth; with `slots`, in so many that requests share."""
+        together = slots or smallest(len(self.groups(request)[0]))
+        guided, visits = request.guided or slots is not None, self._visiting is not None
         with ops.use_backends(self.backends):
-            return footprint.of(request, self.components, self.dtype, together, self._visiting is not None)
+            return footprint.of(request, self.components, self.dtype, together, guided, visits)
 
-    def _refuse_what_does_not_fit(self, request: Request) -> None:
-        free = available_bytes(self.device)
-        if footprint.surely_fits(request, self.components, self.dtype, self._weights.nbytes, free):
-            return
-        if (needed := self.footprint(request).needed) > free:
-            sizes = f"{needed / 2**30:.1f} GiB are needed, {free / 2**30:.1f} GiB are free"
-            raise OutOfMemory(f"{request.count} images of {request.width}x{request.height}: {sizes}")
+    @contextlib.contextmanager
+    def within_memory(self, request: Request, slots: int | None = None) -> Iterator[None]:
+        """For the work on a request, within a `turn`: OutOfMemory before the block where it will not fit, and
+        if memory runs out in the block.
+        """
+        asked = f"{request.count} images of {request.width}x{request.height}"
+        model, free = (self.components, self.dtype), available_bytes(self.device)
+        if not footprint.surely_fits(request, *model, slots or 1, self._weights.nbytes, free):
+            self.footprint(request, slots).check(asked, free)
+        with out_of_memory(asked):
+            yield
 
     @contextlib.contextmanager
     def turn(self) -> Iterator[None]:
@@ -174,20 +180,25 @@ class Pipeline:
             yield
 
     def stages(
-        self, request: Request, groups: list[range], table: SamplerTable | None = None
+        self,
+        request: Request,
+        groups: list[range],
+        table: SamplerTable | None = None,
+        slots: int | None = None,
     ) -> Generator[Group, Outcome | None, Result]:
         """The way of one request: yields each group of its images when it is ready to be denoised, is sent
         the outcome, and returns the result. To be driven within a `turn`; InvalidArgument comes at once.
+        `slots`: how many there are, if requests share them.
         """
-        return self._stages(request, groups, table or self.table(request))
+        return self._stages(request, groups, table or self.table(request), slots)
 
     def _stages(
-        self, request: Request, groups: list[range], table: SamplerTable
+        self, request: Request, groups: list[range], table: SamplerTable, slots: int | None
     ) -> Generator[Group, Outcome | None, Result]:
         clock = Clock()
         finished: list[Tensor] = []
         stopped = False
-        with out_of_memory(f"{request.count} images of {request.width}x{request.height}"):
+        with self.within_memory(request, slots):
             text = self.encode(request)
             clock.lap("text")
             for number, images in enumerate(groups):
@@ -206,7 +217,7 @@ class Pipeline:
                     break
             latents = torch.cat(finished)
             output = (
-                latents.contiguous()
+                owned(latents)
                 if request.output_type == "latent"
                 else self.decode(latents, request.output_type, request.cuda_graph, request)
             )
@@ -219,7 +230,7 @@ class Pipeline:
             warnings=(*self.components.warnings, *request.warnings, *text.warnings, *eager),
             stopped=stopped,
             shortcuts=request.shortcuts,
-            describe=partial(self._describe, request, self.loras.describe()),
+            describe=partial(self.origin.describe, request, self.loras.describe()),
         )
 
     def table(self, request: Request) -> SamplerTable:
@@ -383,18 +394,3 @@ class Pipeline:
         if not finite:
             raise NonFiniteOutput(f"the decoded image is not finite; dtype is {self.dtype}")
         return made
-
-    @cached_property
-    def _hash(self) -> str:
-        return inspect(self.components.path, allow_pickle=True).hash  # it has been loaded already
-
-    def _describe(self, request: Request, loras: list[dict[str, Any]], index: int) -> Mapping[str, Any]:
-        """What a PNG of image `index` says of its making."""
-        shipped = self.components.path.name == "default" and "assets" in self.components.path.parts
-        return {
-            "version": __version__,
-            "model": "default" if shipped else str(self.components.path),
-            "model_hash": self._hash,
-            **({"loras": loras} if loras else {}),
-            "arguments": request.arguments(index),
-        }

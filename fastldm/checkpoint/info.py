@@ -5,12 +5,12 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from fastldm.checkpoint.load import Config, open_source, read_scheduler
 from fastldm.checkpoint.networks import build
-from fastldm.checkpoint.source import Source
 from fastldm.checkpoint.tensors import DTYPES
 from fastldm.errors import CheckpointError
 
@@ -46,6 +46,7 @@ def inspect(path: str | os.PathLike[str], config: Config = None, allow_pickle: b
     parameters = {
         name: sum(entry.numel for entry in part.tensors.values()) for name, part in source.parts.items()
     }
+    files = [file.path for file in source.files]
     dtypes: Counter[str] = Counter()
     for part in source.parts.values():
         for entry in part.tensors.values():
@@ -60,18 +61,18 @@ def inspect(path: str | os.PathLike[str], config: Config = None, allow_pickle: b
         scheduler=scheduler.class_name,
         sampler=scheduler.sampler,
         prediction=scheduler.prediction,
-        hash=model_hash(source),
-        files=tuple(str(file.path) for file in source.files),
+        hash=model_hash(source.path, files),
+        files=tuple(map(str, files)),
         skipped=source.skipped,
         warnings=(*source.warnings, *scheduler.warnings),
     )
 
 
-def model_hash(source: Source) -> str:
-    """The sha256 that tells two models apart by their weights."""
-    if source.path.is_file():
-        return sha256(source.path)
-    digests = {file.path.relative_to(source.path).as_posix(): sha256(file.path) for file in source.files}
+def model_hash(path: Path, files: Iterable[Path]) -> str:
+    """The sha256 that tells two models apart by their weight files; CheckpointError for one not there."""
+    if path.is_file():
+        return sha256(path)
+    digests = {file.relative_to(path).as_posix(): sha256(file) for file in files}
     text = "".join(f"{digests[name]}  {name}\n" for name in sorted(digests))
     return hashlib.sha256(text.encode()).hexdigest()
 

@@ -50,6 +50,7 @@ class Components:
     abilities: Abilities = Abilities()
     class_embedder: ClassEmbedder | None = None
     rescaler: SpatialRescaler | None = None
+    files: tuple[Path, ...] = ()  # of the weights
 
     @property
     def networks(self) -> dict[str, nn.Module]:
@@ -113,6 +114,7 @@ def load_components(
         warnings=(*source.warnings, *scheduler.warnings),
         path=source.path,
         abilities=source.abilities,
+        files=tuple(file.path for file in source.files),
         **networks._asdict(),
     )
 
@@ -149,6 +151,8 @@ def read_tokenizer(
         return None
     tokenizer = _own_tokenizer(source) if given is None else given
     if not isinstance(tokenizer, Tokenizer):
+        if not isinstance(tokenizer, str | os.PathLike):
+            raise InvalidArgument("tokenizer", tokenizer, "a Tokenizer, or a folder with one")
         tokenizer = _tokenizer_in(Path(tokenizer))
     part = source.parts["text_encoder"]
     known = read_network_config("text_encoder", part.config, part.config_file).vocab_size

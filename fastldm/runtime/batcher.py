@@ -28,7 +28,9 @@ class Source(Protocol):
 
     def check(self, prompt: Any = None, **arguments: Any) -> Any: ...
 
-    def stages(self, request: Any, groups: list[range]) -> Generator[Group, Outcome | None, Any]: ...
+    def stages(
+        self, request: Any, groups: list[range], table: None = None, slots: int | None = None
+    ) -> Generator[Group, Outcome | None, Any]: ...
 
     def turn(self) -> AbstractContextManager[None]: ...
 
@@ -89,15 +91,16 @@ class Batcher:
         """Ask for images; keywords as in `generate`, except cuda_graph and shortcuts.
 
         Returns a future of the `Result`. Cancelling it frees its slots before the next step. Progress and
-        callback are called from the batcher's thread; an error raised there is the future's. Several images
-        take several slots, up to all of them at a time. Raises InvalidArgument at once; FastLDMError when
-        closed.
+        callback are called from the batcher's thread; an error raised there is the future's, as is an
+        OutOfMemory, before any work on the request where it will not fit. Several images take several slots,
+        up to all of them at a time. Raises InvalidArgument at once; FastLDMError when closed.
         """
         for name in ("cuda_graph", "shortcuts"):
             if arguments.get(name) is not None:
                 raise InvalidArgument(name, arguments[name], "None: requests share one step")
         request = self.pipe.check(prompt, **arguments)
-        job = Job(Future(), self.pipe.stages(request, split(request.count, most=self.count)))
+        groups = split(request.count, most=self.count)
+        job = Job(Future(), self.pipe.stages(request, groups, slots=self.count))
         with self._changed:
             if self._closed:
                 raise FastLDMError("the batcher is closed")

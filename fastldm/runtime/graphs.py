@@ -131,7 +131,8 @@ class Graphs:
         return self._pool_bytes + sum(x.nbytes for work in self._kept.values() for x in work.buffers())
 
     def get(self, key: tuple[Hashable, ...], build: Callable[[], W], wanted: bool | None = None) -> W:
-        """The work of this key, its name first, captured; as `build` made it where `wanted` is False or a capture failed.
+        """The work of this key, whose first part is its name, captured; as `build` made it where `wanted` is
+        False or a capture failed.
 
         wanted True: BackendUnavailable where it cannot be captured, and an earlier failure is tried again.
         """
@@ -158,12 +159,14 @@ class Graphs:
         if self.recorder is None or wanted is False:
             return function(*inputs)
         key = name, *((x.shape, x.stride(), x.dtype) for x in inputs)
-        work = self.get(key, lambda: Function(function, inputs), wanted)
+        with torch.inference_mode():  # a callback calls outside it, where such buffers could not be written
+            work = self.get(key, lambda: Function(function, inputs), wanted)
+            if work.replay is not None:
+                for buffer, given in zip(work.inputs, inputs, strict=True):
+                    buffer.copy_(given)
+                work.run()
         if work.replay is None:
             return function(*inputs)
-        for buffer, given in zip(work.inputs, inputs, strict=True):
-            buffer.copy_(given)
-        work.run()
         assert work.output is not None
         return work.output.clone()
 

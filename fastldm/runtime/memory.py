@@ -8,6 +8,7 @@ import os
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -15,13 +16,25 @@ from torch import Tensor, nn
 from fastldm.errors import OutOfMemory
 from fastldm.ops.registry import order_in_force
 
+GROUPS = Path("/sys/fs/cgroup")
+OWN_GROUPS = Path("/proc/self/cgroup")
+# What a control group may take and has taken, by file; lines of memory.stat: what cached files take.
+VERSION_2 = ("memory.max", "memory.current", "active_file", "inactive_file")
+VERSION_1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_active_file", "total_inactive_file")
+
 
 def available_bytes(device: torch.device) -> int:
-    """Bytes that new work may take on the device now; what the system counts as available, cached files
-    included.
+    """Bytes that new work may take on the device now: on a GPU with what torch holds in reserve, as in the
+    pools of graphs; on a CPU what the system counts as available, cached files included, within the limits of
+    the process's control groups, such as a container's.
     """
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        reserve = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + reserve
+    return max(0, min([_of_the_machine(), *_of_groups()]))
+
+
+def _of_the_machine() -> int:
     try:
         with open("/proc/meminfo", encoding="ascii") as lines:
             for line in lines:
@@ -30,6 +43,27 @@ def available_bytes(device: torch.device) -> int:
     except OSError:
         pass
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+
+
+def _of_groups() -> Iterator[int]:
+    """What each control group that this process is in, and has a limit, may still take."""
+    try:
+        lines = OWN_GROUPS.read_text(encoding="utf-8").splitlines()
+    except OSError:  # not Linux
+        return
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers not in ("", "memory"):
+            continue
+        top, names = (GROUPS / "memory", VERSION_1) if controllers else (GROUPS, VERSION_2)
+        group = top / path.lstrip("/")
+        for folder in (group, *group.parents[: len(group.parts) - len(top.parts)]):
+            try:
+                limit, taken = (int((folder / name).read_text()) for name in names[:2])
+                told = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+                yield limit - taken + sum(int(told[name]) for name in names[2:])
+            except (OSError, LookupError, ValueError):  # not seen from this container, or no limit: "max"
+                pass
 
 
 @contextlib.contextmanager
@@ -59,6 +93,12 @@ def to_host(x: Tensor) -> Tensor:
     copy = torch.empty_like(x, device="cpu", pin_memory=True).copy_(x, non_blocking=True)
     torch.cuda.current_stream(x.device).synchronize()
     return copy
+
+
+def owned(x: Tensor) -> Tensor:
+    """A copy for the caller, who may write to it and differentiate it: no inference tensor; contiguous."""
+    with torch.inference_mode(False):
+        return x.clone(memory_format=torch.contiguous_format)
 
 
 def visiting(network: nn.Module, device: torch.device) -> Callable[..., Tensor]:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fastldm import ops
 from fastldm.runtime.graphs import Work
-from fastldm.runtime.memory import out_of_memory, to_device
+from fastldm.runtime.memory import out_of_memory, owned, to_device
 
 SIZES = (1, 2, 4, 8)
 WINDOW = 32
@@ -46,9 +46,11 @@ def watcher(
         return None
 
     def watch(step: int, x0: Callable[[], Tensor]) -> bool:
-        if progress is not None:
-            progress(number * steps + step + 1, groups * steps)
-        return callback is not None and callback(number * steps + step, x0()) is False
+        at, clean = number * steps + step, None if callback is None else owned(x0())
+        with torch.inference_mode(False):  # for the tensors that are made there are the caller's, too
+            if progress is not None:
+                progress(at + 1, groups * steps)
+            return callback is not None and clean is not None and callback(at, clean) is False
 
     return watch
 

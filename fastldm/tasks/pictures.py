@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from fastldm.models.pixels import Autoencoder
-from fastldm.runtime.memory import to_device, to_host
+from fastldm.runtime.memory import owned, to_device, to_host
 from fastldm.tasks.beside import Beside
 
 Draw = Callable[[tuple[int, ...]], Tensor]
@@ -97,7 +97,7 @@ class Pictures:
                 made = paste(made, picture, self._rows(request.mask, images)[:, None], request.blend)
             made = made[..., : request.shown[1], : request.shown[0]]
         if output_type == "pt":
-            return made.contiguous()
+            return owned(made)
         if output_type == "np":
             return to_host(made.permute(0, 2, 3, 1).contiguous()).numpy()
         pixels = to_host(made.round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()).numpy()

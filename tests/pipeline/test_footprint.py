@@ -5,7 +5,10 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import partialmethod
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +16,7 @@ import torch
 import fastldm
 from fastldm import footprint, ops, pipeline
 from fastldm.footprint import Counter, estimate
+from fastldm.runtime import Batcher
 
 MEASURE = """
 import sys
@@ -120,6 +124,56 @@ def test_what_does_not_fit_is_refused_before_work(
     monkeypatch.undo()
     monkeypatch.setattr(pipeline, "available_bytes", lambda device: needed)
     assert pipe.generate("a cat", steps=2).image.size == (128, 128)
+
+
+def test_a_batcher_needs_memory_for_all_its_slots(
+    pipe: fastldm.Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    request = pipe.check("a cat", steps=1, guidance_scale=1)
+    needed = pipe.footprint(request, slots=8).needed
+    assert needed > 4 * pipe.footprint(request).denoise
+    encode, work = type(pipe).encode, []
+    monkeypatch.setattr(type(pipe), "encode", lambda *given: work.append(1) or encode(*given))
+    with Batcher(pipe, slots=8) as batcher:
+        monkeypatch.setattr(pipeline, "available_bytes", lambda device: needed - 1)
+        with pytest.raises(fastldm.OutOfMemory, match="1 images of 128x128: .* are needed"):
+            batcher.submit("a cat", steps=1, guidance_scale=1).result()
+        assert not work
+        monkeypatch.setattr(pipeline, "available_bytes", lambda device: needed)
+        assert batcher.submit("a cat", steps=1, guidance_scale=1).result().image.size == (128, 128)
+
+
+@pytest.mark.parametrize(("asked", "free"), [("1 images", 1 << 20), ("9 images", 15 << 19)])
+def test_what_is_encoded_beforehand_is_refused_too(
+    pipe: fastldm.Pipeline, monkeypatch: pytest.MonkeyPatch, asked: str, free: int
+) -> None:
+    """The picture of an inversion, the prompts of an interpolation."""
+    picture = pipe.generate("a cat", steps=1).image
+
+    def call() -> None:
+        if asked.startswith("1"):
+            fastldm.invert(pipe, picture, "a cat", steps=2)
+        else:
+            fastldm.interpolate(pipe, ["a cat", "a fish"], 1, 9, steps=2)
+
+    work: list[str] = []
+
+    def starve(self: object, right: Callable[..., Any], x: torch.Tensor) -> Any:
+        if x.is_meta:  # of an estimate
+            return right(self, x)
+        work.append("begun")
+        raise MemoryError("full")
+
+    networks = pipe.components.vae, pipe.components.text_encoder
+    for kind, name in zip(map(type, networks), ("encode", "forward"), strict=True):
+        monkeypatch.setattr(kind, name, partialmethod(starve, getattr(kind, name)))
+    with pytest.raises(fastldm.OutOfMemory, match=f"{asked} of 128x128: full"):
+        call()
+    work.clear()
+    monkeypatch.setattr(pipeline, "available_bytes", lambda device: free)
+    with pytest.raises(fastldm.OutOfMemory, match=f"{asked} of 128x128: .* are needed"):
+        call()
+    assert not work
 
 
 def test_a_request_that_fits_by_far_is_not_estimated(

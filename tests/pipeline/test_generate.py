@@ -4,6 +4,9 @@ threads.
 
 from __future__ import annotations
 
+import os
+import shutil
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -13,6 +16,7 @@ import torch
 
 import fastldm
 from fastldm import images, ops
+from fastldm.origin import Origin
 
 FAST = {"steps": 2, "guidance_scale": 3.0}
 
@@ -147,6 +151,12 @@ def test_bad_arguments_are_refused_before_any_work(
     assert caught.value.name == name
 
 
+@pytest.mark.parametrize("model", [None, 5, b"default"])
+def test_what_names_no_model_is_refused(model: object) -> None:
+    with pytest.raises(fastldm.InvalidArgument, match="^model=.*: allowed is a path"):
+        fastldm.generate("a cat", model=model)
+
+
 def test_threads_see_what_serial_calls_see(pipe: fastldm.Pipeline) -> None:
     calls = [
         {"prompt": f"cat {i}", "seed": i, "steps": 1 + i % 3, "sampler": sampler, "output_type": "np"}
@@ -213,6 +223,45 @@ def test_saved_picture_says_how_it_was_made(pipe: fastldm.Pipeline, tmp_path: Pa
     assert made["arguments"]["seed"] == 9 and made["arguments"]["prompt"] == "a cat"
     assert made["model"] == str(pipe.components.path) and len(made["model_hash"]) == 64
     assert result._repr_png_()[:4] == b"\x89PNG"
+
+
+def test_a_picture_is_saved_whatever_became_of_the_model(
+    tiny_eps: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under a relative path, from another folder; a hash is told of the files that were loaded alone."""
+    weights = Path("unet", "diffusion_pytorch_model.safetensors")
+    changes: dict[str, Callable[[Path], object]] = {
+        "kept": lambda folder: None,
+        "replaced": lambda folder: os.replace(shutil.copy(tiny_eps / weights, tmp_path), folder / weights),
+        "deleted": shutil.rmtree,
+    }
+    for name, change in changes.items():
+        monkeypatch.chdir(tmp_path)
+        shutil.copytree(tiny_eps, name)
+        result = fastldm.load(name).generate("a cat", **FAST)
+        monkeypatch.chdir("/")
+        change(tmp_path / name)
+        made = images.read_metadata(*result.save(tmp_path / "cat.png"))["fastldm"]
+        assert made["model"] == name and (made["model_hash"] is not None) == (name == "kept")
+
+
+def test_the_shipped_model_alone_is_the_default(tmp_path: Path) -> None:
+    assert Origin(tmp_path / "assets" / "default", ()).model != "default"
+    assert Origin(Path(fastldm.__file__).parent / "assets" / "default", ()).model == "default"
+
+
+def test_tensors_are_the_callers_own(pipe: fastldm.Pipeline) -> None:
+    """To be written to and differentiated, as those made of them in a callback."""
+    mine: list[torch.Tensor] = []
+    for kind in ("pt", "latent"):
+        made = pipe.generate(
+            "a cat", output_type=kind, callback=lambda _, x0: mine.extend((x0, x0 * 2)), **FAST
+        )
+        mine.append(made.images)
+    assert len(mine) == 10
+    for tensor in mine:
+        tensor.mul_(0.5).requires_grad_().square().sum().backward()
+        assert torch.equal(tensor.grad, 2 * tensor)
 
 
 def test_long_prompts_and_their_negatives_run(pipe: fastldm.Pipeline) -> None:

@@ -44,6 +44,9 @@ def test_seeds_alone_and_prompts_alone(pipe: fastldm.Pipeline) -> None:
         assert max(np.abs(walk.images[1] - walk.images[end]).mean() for end in (0, 2)) < ends
     told = seeds.describe(1)["arguments"]
     assert told["prompt"] == "a cat" and told["not_recorded"] == {"latents": True}
+    listed = fastldm.interpolate(pipe, ["a cat"] * 2, [1, 2], 3, negative_prompt=["dog"] * 2, **FAST)
+    want = fastldm.interpolate(pipe, "a cat", [1, 2], 3, negative_prompt="dog", **FAST)
+    assert np.array_equal(listed.images, want.images)
 
 
 def test_what_is_between_is_slerp_and_lerp(pipe: fastldm.Pipeline) -> None:

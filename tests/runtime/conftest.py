@@ -61,7 +61,7 @@ def pipe() -> Pipeline:
 class Touched(TorchDispatchMode):
     """Notes the tensors from outside that operations read and write; refuses those that wait for a device."""
 
-    WAITS = {"_local_scalar_dense", "is_nonzero", "nonzero", "equal", "lift_fresh"}
+    WAITS = {"_local_scalar_dense", "item", "is_nonzero", "nonzero", "equal", "lift_fresh"}
 
     def __init__(self) -> None:
         super().__init__()

@@ -147,6 +147,18 @@ def test_a_callback_that_raises_frees_the_slots(captured: Pipeline) -> None:
     assert torch.equal(captured.generate(**PLAIN).images, want)
 
 
+def test_a_callback_may_use_the_graphs(captured: Pipeline, recorder: Any) -> None:
+    seen: list[list[Tensor]] = []
+
+    def look(step: int, x0: Tensor) -> None:
+        seen.append([captured.decode(x0, "pt", cuda_graph=wanted) for wanted in (None, False)])
+
+    captured.generate(**PLAIN)
+    captured.generate(**PLAIN, callback=look)
+    assert recorder.captures == 3 and len(seen) == PLAIN["steps"]
+    assert all(torch.equal(replayed, eager) for replayed, eager in seen)
+
+
 def test_threads_share_the_graphs(captured: Pipeline) -> None:
     calls = [{**SAME_GRAPHS[i % 6], "seed": i, "num_images": 1 + i % 2} for i in range(12)]
     serial = [captured.generate(**call).images for call in calls]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from fastldm import ops
 from fastldm.ops.registry import order_in_force
 from fastldm.pipeline import Pipeline
 from fastldm.runtime import memory
-from fastldm.runtime.memory import TensorCache, out_of_memory, to_device, to_host
+from fastldm.runtime.memory import TensorCache, available_bytes, out_of_memory, to_device, to_host
 
 FAST: dict[str, Any] = {"steps": 2, "output_type": "pt"}
 
@@ -140,6 +141,40 @@ def test_out_of_memory_is_typed_and_nothing_else_is() -> None:
     with pytest.raises(fastldm.OutOfMemory, match="^inside"), out_of_memory("outside"):
         with out_of_memory("inside"):
             raise MemoryError
+
+
+def test_what_torch_holds_in_reserve_is_available(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = {"mem_get_info": (10, 100), "memory_reserved": 7, "memory_allocated": 4}
+    for name, value in told.items():
+        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
+    assert available_bytes(torch.device("cuda", 0)) == 13
+
+
+@pytest.mark.parametrize("names", [memory.VERSION_2, memory.VERSION_1], ids=["v2", "v1"])
+def test_the_limits_of_control_groups_count(
+    names: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unified, device = names is memory.VERSION_2, torch.device("cpu")
+    (tmp_path / "own").write_text("5:cpuset:/a\n" + ("0::/a/b\n" if unified else "4:memory:/a/b\n0::/\n"))
+    monkeypatch.setattr(memory, "GROUPS", tmp_path)
+    monkeypatch.setattr(memory, "OWN_GROUPS", tmp_path / "none")
+    without = available_bytes(device)
+    assert without > 1 << 20
+    monkeypatch.setattr(memory, "OWN_GROUPS", tmp_path / "own")
+    assert available_bytes(device) == pytest.approx(without, rel=0.2)  # as there is no such group
+    top = tmp_path if unified else tmp_path / "memory"
+    for folder, limit, taken in (
+        ("a/b", "max" if unified else "9223372036854771712", 300),
+        ("a", "1000", 400),
+    ):
+        group = top / folder
+        group.mkdir(parents=True, exist_ok=True)
+        for name, value in zip(names, (limit, taken), strict=False):
+            (group / name).write_text(f"{value}\n")
+        (group / "memory.stat").write_text(f"anon 5\n{names[2]} 30\n{names[3]} 70\n")
+    assert available_bytes(device) == 1000 - 400 + 30 + 70
+    (top / "a" / names[0]).write_text("200\n")
+    assert available_bytes(device) == 0
 
 
 def test_there_and_back(pipe: Pipeline) -> None:
