@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import unicodedata
 from collections.abc import Sequence
 
 from PIL import Image, ImageDraw
@@ -12,7 +13,7 @@ from fastldm.bench.reproduction.tables import Panel
 
 HEIGHT, AXIS = 400, 70
 LOGARITHMIC = 20
-"""A horizontal axis whose ends differ by more than this factor is logarithmic."""
+"""An axis whose ends differ by more than this factor is logarithmic."""
 
 _LINES = (COLOURS[0], COLOURS[4], COLOURS[5], COLOURS[3])
 
@@ -31,7 +32,7 @@ def draw(panels: Sequence[Panel], caption: str) -> Image.Image:
 
 
 def _panel(pen: ImageDraw.ImageDraw, top: int, panel: Panel) -> None:
-    pen.text((MARGIN, top), f"{panel.title}: {panel.up}", fill=INK, font=font(20))
+    pen.text((MARGIN, top), _plain(f"{panel.title}: {panel.up}"), fill=INK, font=font(20))
     points = [point for line in panel.lines.values() for point in line]
     if not points:
         pen.text((MARGIN + AXIS, top + 60), "not run yet", fill=FAINT_INK, font=font(16))
@@ -42,10 +43,15 @@ def _panel(pen: ImageDraw.ImageDraw, top: int, panel: Panel) -> None:
     first, last = scale(min(across)), scale(max(across))
     most = max(found.mean + _half(found.half) for _, found in points) or 1.0
     least = min(0.0, *(found.mean - _half(found.half) for _, found in points))
+    means = [found.mean for _, found in points]
+    height = math.log if min(means) > 0 and max(means) > LOGARITHMIC * min(means) else float
+    if height is math.log:
+        least = min(means) / 2  # where lower ends of intervals are cut off
 
     def place(x: float, y: float) -> tuple[float, float]:
-        share = (scale(x) - first) / ((last - first) or 1.0)
-        return left + share * (right - left), low - (y - least) / (most - least) * (low - high)
+        along = (scale(x) - first) / ((last - first) or 1.0)
+        up = (height(max(y, least)) - height(least)) / (height(most) - height(least))
+        return left + along * (right - left), low - up * (low - high)
 
     pen.line((left, high, left, low, right, low), fill=FAINT, width=2)
     for value in (least, most):
@@ -64,6 +70,11 @@ def _panel(pen: ImageDraw.ImageDraw, top: int, panel: Panel) -> None:
             pen.line((*place(x, found.mean - half), *place(x, found.mean + half)), fill=colour, width=2)
             pen.ellipse((column - 4, row - 4, column + 4, row + 4), fill=colour)
         pen.text((right + 16, high + 22 * number), name, fill=colour, font=font(15))
+
+
+def _plain(text: str) -> str:
+    """Without the accents that Pillow's own font lacks."""
+    return unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode()
 
 
 def _half(half: float) -> float:
