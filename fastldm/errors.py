@@ -48,3 +48,8 @@ class NonFiniteOutput(FastLDMError, ArithmeticError):
 
 class BackendUnavailable(FastLDMError, RuntimeError):
     """A backend asked for by name cannot run here, or cannot run this call; the message says why."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an error of another library says, or its name where it says nothing."""
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image, ImageOps, PngImagePlugin
 
 from fastldm.checks import is_dense, refuse
-from fastldm.errors import FastLDMError, InvalidArgument
+from fastldm.errors import FastLDMError, InvalidArgument, first_line
 
 Array: TypeAlias = np.ndarray[Any, Any]
 
@@ -289,7 +289,7 @@ def open_picture(path: str | os.PathLike[str], name: str, formats: tuple[str, ..
     except FileNotFoundError:
         refuse(name, os.fspath(path), "a file that exists")
     except Exception as error:  # Pillow's readers raise nearly anything on a hostile file
-        refuse(name, os.fspath(path), f"a readable {' or '.join(formats)} file ({_first_line(error)})")
+        refuse(name, os.fspath(path), f"a readable {' or '.join(formats)} file ({first_line(error)})")
 
 
 def _rgb(picture: Image.Image, name: str, shown: object) -> Image.Image:
@@ -306,7 +306,7 @@ def _rgb(picture: Image.Image, name: str, shown: object) -> Image.Image:
             return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
         return upright.convert("RGB")
     except Exception as error:  # Pillow's decoders raise nearly anything on a hostile file
-        refuse(name, shown, f"a picture that can be decoded ({_first_line(error)})")
+        refuse(name, shown, f"a picture that can be decoded ({first_line(error)})")
 
 
 def eight_bit(picture: Image.Image) -> Image.Image:
@@ -318,7 +318,3 @@ def eight_bit(picture: Image.Image) -> Image.Image:
 
 def _too_large(name: str, shown: object) -> NoReturn:
     refuse(name, shown, f"a picture of at most {MAX_PIXELS} pixels")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from fastldm.errors import CheckpointError
+from fastldm.errors import CheckpointError, first_line
 
 
 @contextmanager
@@ -46,8 +46,7 @@ def save_tensors(path: Path, value: Any) -> None:
         try:
             torch.save(value, temporary)
         except RuntimeError as error:  # what torch's writer makes of a full disk
-            why = str(error).splitlines()[0]
-            raise CheckpointError(path, None, f"cannot be written: {why}") from error
+            raise CheckpointError(path, None, f"cannot be written: {first_line(error)}") from error
 
 
 def _remove(path: Path) -> None:

@@ -13,9 +13,8 @@ from fastldm.checkpoint.rename import harmless
 
 PARTS = ("unet", "vae", "text_encoder")  # of Stable Diffusion
 CONDITIONERS = ("text_encoder", "class_embedder", "rescaler")  # of which other models have one, or none
-ABILITIES = (
-    "_fastldm"  # where model_index.json, or a single file's metadata, says what a model can be asked for
-)
+ABILITIES = "_fastldm"
+"""Where a folder's model_index.json, and the metadata of a single file, say what a model can be asked for."""
 
 
 @dataclass(frozen=True)

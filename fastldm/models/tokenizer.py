@@ -12,8 +12,8 @@ from pathlib import Path
 import tokenizers
 from tokenizers import AddedToken, Regex, models, normalizers, pre_tokenizers, processors
 
-from fastldm.errors import InvalidArgument
-from fastldm.models.tokenizer_files import FLAGS, Parts, clip_parts, first_line, folder_parts, of_library
+from fastldm.errors import InvalidArgument, first_line
+from fastldm.models.tokenizer_files import FLAGS, Parts, clip_parts, folder_parts, of_library
 
 LARGEST_WEIGHT = 1000.0
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 
-from fastldm.errors import CheckpointError
+from fastldm.errors import CheckpointError, first_line
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 CLIP_SPECIAL = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": END}
@@ -257,11 +257,6 @@ def _object(value: Any, file: Path, key: str) -> Mapping[str, Any]:
     if not isinstance(value, dict):
         raise CheckpointError(file, key, f"is {value!r}; expected an object")
     return value
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of what an error says."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _read(file: Path) -> bytes:

@@ -19,7 +19,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from fastldm.errors import BackendUnavailable
+from fastldm.errors import BackendUnavailable, first_line
 from fastldm.ops.registry import order_in_force
 
 WARM_UP = 3  # runs before capture: libraries choose their algorithms in the first, allocators settle in two
@@ -217,4 +217,4 @@ def missing() -> str | None:
         made = graphs.call("x + 1", lambda x: x + 1, torch.ones(8, device=device), wanted=True)
         return None if made.eq(2).all() else "a replay gives other numbers"
     except RuntimeError as error:
-        return str(error).splitlines()[0]
+        return first_line(error)

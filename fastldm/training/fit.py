@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fastldm.checkpoint.atomic import save_tensors
 from fastldm.checks import integer, number
-from fastldm.errors import CheckpointError, InvalidArgument, NonFiniteOutput
+from fastldm.errors import CheckpointError, InvalidArgument, NonFiniteOutput, first_line
 from fastldm.training.curve import Curve
 from fastldm.training.origin import Origin, refuse_another
 from fastldm.training.parallel import ALONE, Workers, gradients
@@ -304,6 +304,6 @@ def _resume(
             memory.load_state_dict(state.get("memory", {}))
     except (RuntimeError, ValueError, KeyError) as error:
         raise CheckpointError(
-            file, None, f"is the state of another configuration: {str(error).splitlines()[0]}"
+            file, None, f"is the state of another configuration: {first_line(error)}"
         ) from None
     return int(state["step"]), state["average"]

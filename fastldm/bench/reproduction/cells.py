@@ -57,11 +57,8 @@ class Reconstruct:
         return settings.autoencoder_flops, float(one * settings.samples)
 
     def measure(self, lab: Lab) -> dict[str, Any]:
-        back = lab.reconstructions(self.stage, self.seed)
-        return {
-            "psnr": lab.psnr(self.stage, self.seed),
-            "distance": frechet_distance(lab.reference, back),
-        }
+        back, decibels = lab.reconstructions(self.stage, self.seed)
+        return {"psnr": decibels, "distance": frechet_distance(lab.reference, back)}
 
 
 @dataclass(frozen=True)
@@ -110,7 +107,7 @@ class Sample:
 
     def measure(self, lab: Lab) -> dict[str, Any]:
         made = lab.samples(self.model, self.sampling, self.seed)
-        reachable = lab.reconstructions(FirstStage(self.model.factor), self.seed)
+        reachable, _ = lab.reconstructions(FirstStage(self.model.factor), self.seed)
         return _compared(reachable, made.features, made.right) | {
             "distance_to_renders": frechet_distance(lab.reference, made.features),
             "pictures_a_second": len(made.features) / made.seconds,

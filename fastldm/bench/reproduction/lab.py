@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -83,7 +84,7 @@ class Lab:
         self.folder = folder / settings.digest()
         self.judged = self.folder / judge_name
         self._latents: tuple[tuple[int, int], tuple[Tensor, Tensor, float]] | None = None
-        self._reconstructed: tuple[tuple[FirstStage, int], Tensor] | None = None
+        self._reconstructed: tuple[tuple[FirstStage, int], tuple[Tensor, float]] | None = None
 
     def check_time(self) -> None:
         if time.monotonic() >= self.deadline:
@@ -99,15 +100,17 @@ class Lab:
         """The features of renders that samples are held against."""
         return self.judge.features(enlarged(self.world.reference.images))
 
-    def reconstructions(self, stage: FirstStage, seed: int) -> Tensor:
+    def reconstructions(self, stage: FirstStage, seed: int) -> tuple[Tensor, float]:
         """The features of these renders as an autoencoder gives them back, the best that a model of its
-        latents can do; of pixels, the renders'.
+        latents can do, and their PSNR in dB; of pixels, the renders' own.
         """
         if stage.factor == 1:
-            return self.reference
+            return self.reference, math.inf
         if self._reconstructed is None or self._reconstructed[0] != (stage, seed):
-            back = given_back(self.autoencoder(stage, seed), self.world.reference.images, batch=50)
-            self._reconstructed = (stage, seed), self.judge.features(enlarged(back))
+            images = self.world.reference.images
+            back = given_back(self.autoencoder(stage, seed), images, batch=50)
+            made = self.judge.features(enlarged(back)), float(psnr(images, back).mean())
+            self._reconstructed = (stage, seed), made
         return self._reconstructed[1]
 
     def renders(self, seed: int) -> tuple[Tensor, Tensor]:
@@ -139,11 +142,6 @@ class Lab:
         steps = nets.steps_of(settings.autoencoder_flops, flops, batch)
         self._fit(f"{stage.name}-seed{seed}", vae, loss, steps, batch, seed)
         return vae
-
-    def psnr(self, stage: FirstStage, seed: int) -> float:
-        """Of an autoencoder's reconstructions of the renders that no training sees, in dB."""
-        vae, images = self.autoencoder(stage, seed), self.world.reference.images
-        return float(psnr(images, given_back(vae, images, batch=50)).mean())
 
     def latents(self, factor: int, seed: int) -> tuple[Tensor, Tensor, float]:
         """Means and deviations of the training pictures' latents, scaled to variance 1, and that scale."""
