@@ -63,7 +63,8 @@ def main() -> None:
     torch.set_num_threads(config.threads)
     session = Session(config, report=lambda text: None)
     vae, tokenizer, model, scheduler = first_stages(session, None)
-    data = SceneData.draw(config.diffusion.pictures, config.seed + 2, config.diffusion.stage)
+    section = config.diffusion
+    data = SceneData.draw(section.pictures, config.seed + 2, section.stage, section.arranged)
     latents_and_hints(session, vae, data)  # gives the autoencoder its scale
     found: list[dict[str, Any]] = []
     for step, file in kept_averages(config.folder):
@@ -82,7 +83,7 @@ def main() -> None:
                 dtype=torch.bfloat16,
             )
             report = scenes.measure(model=f"{folder}/model", every=options.every, guidance=options.guidance)
-        rows = step * config.diffusion.fit.batch * config.diffusion.fit.accumulate
+        rows = step * section.fit.batch * section.fit.accumulate
         found.append({"steps": step, "rows": rows, **asdict(report)})
         shares = ", ".join(f"{name} {share:.0%}" for name, share in report.categories.items())
         said = f"overall {report.overall:.1%}, {report.found:.1%} of the objects asked for"

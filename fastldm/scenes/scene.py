@@ -164,14 +164,17 @@ def sample_scene(
     position: str | None = None,
     related: str | None = None,
     held_out: bool = False,
+    arranged: bool = False,
 ) -> Scene:
     """A scene of `count` objects (1 to 4) with the given facts fixed and all others drawn by lot.
 
     `alike` gives all objects one kind and colour. `kind`, `colour`, `size` hold for the first object,
-    `position` for a single one; `related` is the relation of the first of two objects to the second. The
-    background is plain unless it is a landscape or a `sky` is given: then the other is drawn by lot. Scenes
-    are fit for training unless `held_out`, which makes the first object a pair of HELD_OUT_PAIRS.
-    InvalidArgument when nothing fits.
+    `position` for a single one; `related` is the relation of the first of two objects to the second.
+    `arranged` puts objects where one would expect them: one in the middle and large, several of medium size
+    side by side, in a triangle or in a square; then no size or position can be given. The background is plain
+    unless it is a landscape or a `sky` is given: then the other is drawn by lot. Scenes are fit for training
+    unless `held_out`, which makes the first object a pair of HELD_OUT_PAIRS. InvalidArgument when nothing
+    fits.
     """
     if not 1 <= count <= 4:
         raise InvalidArgument("count", count, "1 to 4")
@@ -179,6 +182,8 @@ def sample_scene(
         raise InvalidArgument("position", position, "None unless count is 1")
     if related is not None and count != 2:
         raise InvalidArgument("related", related, "None unless count is 2")
+    if arranged and (size is not None or position is not None):
+        raise InvalidArgument("arranged", True, "False where a size or a position is given")
     for name, value, choices in (
         ("size", size, tuple(SIZES)),
         ("position", position, POSITIONS),
@@ -213,7 +218,7 @@ def sample_scene(
         if not alike:
             others = [pair for pair in _TRAINING_PAIRS if pair[1] not in unfit]
             pairs[1:] = [_pick(rng, others) for _ in pairs[1:]]
-        objects = _place(rng, pairs, size, position, related, style == "pixel")
+        objects = _place(rng, pairs, size, position, related, style == "pixel", arranged)
         if objects is None:
             continue
         scene = Scene(objects, ground[0], style, ground[1])
@@ -230,6 +235,22 @@ _SIZES_BY_COUNT = {
     3: ("small", "small", "medium"),
     4: ("small", "small", "small", "medium"),
 }
+
+
+_PLACES = {
+    1: ((64, 64),),
+    2: ((33, 64), (95, 64)),
+    3: ((64, 33), (33, 95), (95, 95)),
+    4: ((33, 33), (95, 33), (33, 95), (95, 95)),
+}
+_ABOVE = ((64, 33), (64, 95))
+"""Centres of objects that are arranged; _ABOVE of two in the relations above and below."""
+
+
+def _places(count: int, related: str | None) -> tuple[tuple[int, int], ...]:
+    """Where arranged objects stand, the first of two in this relation to the second."""
+    places = _ABOVE if related in ("above", "below") else _PLACES[count]
+    return places[::-1] if related in ("right of", "below") else places
 
 
 def _grounds(background: str | None, sky: str | None) -> list[tuple[str, str | None]]:
@@ -256,21 +277,29 @@ def _place(
     position: str | None,
     related: str | None,
     in_blocks: bool,
+    arranged: bool,
 ) -> tuple[SceneObject, ...] | None:
     """Objects at places drawn by lot, or None when this draw overlaps or misses what was asked."""
     objects: list[SceneObject] = []
     for i, (kind, colour) in enumerate(pairs):
-        word = size if size is not None and i == 0 else _pick(rng, _SIZES_BY_COUNT[len(pairs)])
+        if arranged:
+            word = "large" if len(pairs) == 1 else "medium"
+        else:
+            word = size if size is not None and i == 0 else _pick(rng, _SIZES_BY_COUNT[len(pairs)])
         angle = float(rng.uniform(-MAX_ANGLE, MAX_ANGLE))
         mirror = bool(rng.integers(2))
         width, height = _extent(rng, kind, word, angle, mirror)
         if in_blocks and word == "small":
             width, height = (BLOCK * side for side in sprite_extent(kind))
         for _ in range(20):
-            spot = (position or _pick(rng, _SINGLE_POSITIONS)) if len(pairs) == 1 else None
-            u, v = _offset(rng, spot)
-            x = (IMAGE_SIZE - width) / 2 + u * ((IMAGE_SIZE - width) / 2 - MARGIN)
-            y = (IMAGE_SIZE - height) / 2 + v * ((IMAGE_SIZE - height) / 2 - MARGIN)
+            if arranged:
+                across, along = (middle + rng.uniform(-2, 2) for middle in _places(len(pairs), related)[i])
+                x, y = across - width / 2, along - height / 2
+            else:
+                spot = (position or _pick(rng, _SINGLE_POSITIONS)) if len(pairs) == 1 else None
+                u, v = _offset(rng, spot)
+                x = (IMAGE_SIZE - width) / 2 + u * ((IMAGE_SIZE - width) / 2 - MARGIN)
+                y = (IMAGE_SIZE - height) / 2 + v * ((IMAGE_SIZE - height) / 2 - MARGIN)
             thing = SceneObject(kind, colour, word, (x, y, x + width, y + height), angle, mirror)
             if in_blocks:
                 thing = snapped(thing)

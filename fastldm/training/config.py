@@ -77,7 +77,7 @@ class TrainConfig:
             absent(section, ("alignment",), told, "autoencoder.")
             absent(self.diffusion, ("reading",), told, "diffusion.")
             absent(self, ("pictures", "stage"), DRAWN)
-            absent(self.diffusion, ("pictures", "stage"), DRAWN, "diffusion.")
+            absent(self.diffusion, ("pictures", "stage", "arranged"), DRAWN, "diffusion.")
 
     @property
     def scheduler(self) -> SchedulerConfig:

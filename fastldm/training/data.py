@@ -74,10 +74,10 @@ class SceneData(PictureData):
     scenes: tuple[Scene, ...]
 
     @classmethod
-    def draw(cls, count: int, seed: int, stage: int = 1) -> SceneData:
-        """`count` scenes of a stage of the world, nothing held out among them."""
+    def draw(cls, count: int, seed: int, stage: int = 1, arranged: float = 0.0) -> SceneData:
+        """`count` scenes of a stage of the world, nothing held out among them; see `draw_scene`."""
         rng = np.random.default_rng(seed)
-        scenes = tuple(draw_scene(rng, stage) for _ in range(count))
+        scenes = tuple(draw_scene(rng, stage, arranged) for _ in range(count))
         first = render(scenes[0])
         images = np.empty((count, *first.image.shape), np.uint8)
         maps, colours = np.zeros((2, count, *first.segmentation.shape), np.uint8)

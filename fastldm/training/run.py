@@ -12,9 +12,8 @@ from typing import NamedTuple
 import torch
 
 from fastldm.abilities import Abilities
-from fastldm.checkpoint import Components, load_components, save_folder
+from fastldm.checkpoint import save_folder
 from fastldm.diffusion import SchedulerConfig
-from fastldm.errors import CheckpointError, InvalidArgument
 from fastldm.models.layers import channels_last
 from fastldm.models.pixels import Autoencoder, PixelAutoencoder, PixelConfig
 from fastldm.models.tokenizer import Tokenizer
@@ -34,6 +33,7 @@ from fastldm.training.parallel import joined, local_device
 from fastldm.training.reconstruction import reconstruction_report
 from fastldm.training.samples import GUIDANCE, PROMPTS, SHOWN, draw_samples
 from fastldm.training.session import Session
+from fastldm.training.start import started
 from fastldm.training.text import new_text_encoder, train_text_encoder
 
 JUDGED = 100  # pictures that the autoencoder is measured on
@@ -70,7 +70,7 @@ def _train(config: TrainConfig, report: Callable[[str], None], strict: bool) -> 
         section = config.diffusion
         if folder is None:
             session.say(f"drawing {section.pictures} pictures to learn")
-        data = folder or SceneData.draw(section.pictures, config.seed + 2, section.stage)
+        data = folder or SceneData.draw(section.pictures, config.seed + 2, section.stage, section.arranged)
         latents, hints = latents_and_hints(session, vae, data)
         prompts = PROMPTS if folder is None else folder.texts[:SHOWN]
 
@@ -150,44 +150,6 @@ def first_stages(session: Session, folder: FolderData | None) -> Begun:
     side = data.images.shape[1] // vae.config.factor
     unet = new_unet(session, vae.config.latent_channels, text_encoder.config.hidden_size, side)
     return Begun(vae, tokenizer, TextToLatents(unet, text_encoder), config.scheduler)
-
-
-def started(config: TrainConfig, start: Path, device: torch.device) -> Components:
-    """The model that a configuration starts from, with its own process, in which alone its weights have a
-    meaning. InvalidArgument where the configuration asks for what the model is not: its shapes, latents or
-    pixels, another prediction, another kind of variance, hints. CheckpointError for an inpainting model.
-    """
-    section = config.diffusion
-    given = load_components(start, device=device)
-    unet, vae, process = given.unet.config, given.vae, given.scheduler
-
-    def expect(name: str, value: object, own: object, fits: bool) -> None:
-        if not fits:
-            raise InvalidArgument(name, value, f"{own}, as in {start}")
-
-    asks, of_pixels = config.autoencoder.of_pixels, isinstance(vae, PixelAutoencoder)
-    expect(
-        "autoencoder.kind", config.autoencoder.kind, "pixels" if of_pixels else "kl or vq", asks == of_pixels
-    )
-    if not isinstance(vae, PixelAutoencoder):
-        widths = vae.config.block_out_channels
-        asked = config.autoencoder.block_out_channels
-        expect("autoencoder.block_out_channels", list(asked), list(widths), asked == widths)
-    asked, widths = section.block_out_channels, unet.block_out_channels
-    expect("diffusion.block_out_channels", list(asked), list(widths), asked == widths)
-    loss, learns = section.objective.loss, unet.learned_variance
-    own = "hybrid or vlb" if learns else "simple or absolute"
-    expect("diffusion.objective.loss", loss, own, section.learns_variance == learns)
-    fits = section.prediction in (None, process.prediction)
-    expect("diffusion.prediction", section.prediction, process.prediction, fits)
-    expect("diffusion.shift", section.shift, process.shift, section.shift in (1.0, process.shift))
-    expect(
-        "diffusion.hinted", section.hinted, 0, not section.hinted or unet.in_channels > unet.latent_channels
-    )
-    if unet.inpaints:
-        raise CheckpointError(given.path, "unet in_channels", "an inpainting model cannot be trained on yet")
-    section.check(process, "diffusion.")
-    return given
 
 
 def _train_autoencoder(

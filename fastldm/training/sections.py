@@ -138,6 +138,7 @@ class DiffusionSection:
     reading: float = 0.0  # weight of reading classes and colours from the features, on scenes
     pictures: int = 12_000  # scenes to draw; of a folder all
     stage: int = 1  # of the world: see fastldm.scenes.mixture
+    arranged: float = 0.0  # share of the scenes whose objects stand where one expects them
     hinted: float = 0.0  # share of the rows that are given a mask, a map or a small picture
     hints: int = 4_000  # pictures that hints are made of
 
@@ -150,7 +151,7 @@ class DiffusionSection:
         number("shift", self.shift, 1e-3, 1e3)
         if not self.hinted:
             absent(self, ("hints",), "without hinted")
-        for name in ("caption_dropout", "hinted"):
+        for name in ("caption_dropout", "hinted", "arranged"):
             number(name, getattr(self, name), 0, 1)
         for name in ("hints", "layers_per_block"):
             integer(name, getattr(self, name), 1, MOST)

@@ -16,6 +16,7 @@ from fastldm.scenes import (
     KINDS,
     LANDSCAPES,
     PALETTE,
+    RELATIONS,
     SIZES,
     SKIES,
     STYLES,
@@ -24,6 +25,7 @@ from fastldm.scenes import (
     SceneObject,
     draw_scene,
     is_held_out,
+    relation,
     render,
     sample_scene,
 )
@@ -242,6 +244,41 @@ def test_the_mixture_of_a_stage(stage):
     assert np.mean(alike) == pytest.approx(0.5, abs=0.06)
     pairs = {(o.kind, o.colour) for scene in scenes for o in scene.objects}
     assert len(pairs) == len(KINDS) * len(COLOURS) - len(HELD_OUT_PAIRS)
+
+
+@pytest.mark.parametrize("stage", [1, 4])
+def test_arranged_scenes_stand_where_one_expects_them(stage):
+    rng = np.random.default_rng(stage)
+    scenes = [draw_scene(rng, stage, arranged=1.0) for _ in range(1000)]
+    assert not any(is_held_out(scene) for scene in scenes)
+    assert {len(scene.objects) for scene in scenes} == {1, 2, 3, 4}
+    related = Counter()
+    for scene in scenes:
+        first = scene.objects[0]
+        assert {o.size for o in scene.objects} == {"large" if len(scene.objects) == 1 else "medium"}
+        assert all(0 <= min(o.box) and max(o.box) <= 128 for o in scene.objects)
+        if len(scene.objects) == 1:
+            assert first.position == "centre"
+        if len(scene.objects) == 2:
+            alike = (first.kind, first.colour) == (scene.objects[1].kind, scene.objects[1].colour)
+            related[alike, relation(*scene.objects)] += 1
+    assert min(related[False, word] for word in RELATIONS) > 15
+    assert set(related) == {(False, word) for word in RELATIONS} | {(True, "left of")}
+
+
+def test_a_share_of_the_mixture_is_arranged_and_none_leaves_it_as_it_was():
+    one, other = np.random.default_rng(5), np.random.default_rng(5)
+    assert [draw_scene(one, 4) for _ in range(50)] == [draw_scene(other, 4, arranged=0.0) for _ in range(50)]
+    rng = np.random.default_rng(5)
+    singles = [s for s in (draw_scene(rng, 1, arranged=0.5) for _ in range(1000)) if len(s.objects) == 1]
+    calm = np.mean([s.objects[0].position == "centre" and s.objects[0].size == "large" for s in singles])
+    assert 0.5 < calm < 0.75
+
+
+@pytest.mark.parametrize("facts", [{"size": "small"}, {"position": "left"}])
+def test_arranged_scenes_have_their_own_sizes_and_places(facts):
+    with pytest.raises(InvalidArgument, match="^arranged="):
+        sample_scene(np.random.default_rng(0), arranged=True, **facts)
 
 
 def test_a_stage_that_does_not_exist_is_refused():

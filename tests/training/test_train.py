@@ -286,6 +286,20 @@ fit = {{ steps = 2, batch = 2, learning_rate = 1e-3, sample_every = 2 }}
         with pytest.raises(InvalidArgument, match=f"as in {tmp_path}/start") as caught:
             run.main(file, str)
         assert caught.value.name == name and not (tmp_path / "run").exists()
+    for line, other, name in (
+        ("latent_channels = 4", "latent_channels = 8", "autoencoder.latent_channels"),
+        ("latent_channels = 4", "latent_channels = 4\nlayers_per_block = 3", "autoencoder.layers_per_block"),
+        ("latent_channels = 4", "latent_channels = 4\nmid_attention = false", "autoencoder.mid_attention"),
+        ("latent_channels = 4", 'latent_channels = 4\nkind = "vq"', "autoencoder.kind"),
+        ("transformer_depth = [0, 1]", "transformer_depth = [1, 1]", "diffusion.transformer_depth"),
+        ("heads = [1, 2]", "heads = [1, 4]", "diffusion.heads"),
+        ("heads = [1, 2]", "heads = [1, 2]\nlayers_per_block = 2", "diffusion.layers_per_block"),
+    ):
+        assert line in config
+        file.write_text(config.replace(line, other))
+        with pytest.raises(InvalidArgument, match=f"as in {tmp_path}/start") as caught:
+            run.main(file, str)
+        assert caught.value.name == name and not (tmp_path / "run").exists()
     file.write_text(config)
     run.main(file, str)
     first, then = (fastldm.load(tmp_path / name).components for name in ("start", "model"))
