@@ -13,10 +13,14 @@ BUILD_INPUTS := pyproject.toml setup.py constraints.txt $(CSRC)
 # Two workers of one thread each: what the figures in the docs assume, and no oversubscribed cores.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
 
-.PHONY: demo test test-long bench lint format clean
+.PHONY: demo model test test-long bench lint format clean
 
 demo: .venv/.core
 	@$(BIN)/fastldm generate "a black circle on a yellow background" --steps 25 --seed 1 -o demo.png
+
+# The shipped model again, from its seeds: a night of one CPU core. After an interruption it goes on.
+model: .venv/.core
+	for part in scenes scenes_on scenes_arranged; do $(BIN)/fastldm train fastldm/training/$$part.toml || exit 1; done
 
 test: .venv/.test
 	$(PYTEST)

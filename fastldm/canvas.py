@@ -137,7 +137,10 @@ def check_canvas(
         first = pictures[0].size if pictures else classes[0].shape[::-1] if classes else None
         if first is not None:
             default = [max(side // factor, 1) * factor for side in first]
-        size = (_side("width", width, default[0], factor), _side("height", height, default[1], factor))
+        size = (
+            side_in_pixels("width", width, default[0], factor),
+            side_in_pixels("height", height, default[1], factor),
+        )
         shown = size
         warnings = tuple(
             f"{name} resized from {w}x{h} to {size[0]}x{size[1]} ({how})"
@@ -232,7 +235,8 @@ def _up(side: int, multiple: int) -> int:
     return -(-side // multiple) * multiple
 
 
-def _side(name: str, value: object, default: int, factor: int) -> int:
+def side_in_pixels(name: str, value: object, default: int, factor: int) -> int:
+    """The side of a picture, a multiple of the factor; InvalidArgument for what is none."""
     side = default if value is None else integer(name, value, 1, MAX_COUNT)
     if side % factor:
         refuse(name, value, f"a multiple of {factor}")

@@ -121,17 +121,25 @@ def _pad(options: dict[str, Any]) -> None:
 
 
 def _others(made: Facts, result: Any) -> list[str]:
-    """Of the model and the pictures that a replayed one was made from, those which are not what this one was
-    made from.
+    """Of the model, the LoRAs and the pictures that a replayed one was made from, those which are not what
+    this one was made from.
     """
     if not made:
         return []
     now = result.describe(0)
     hashes = made.get("model_hash"), now["model_hash"]
     others = ["the model"] if all(hashes) and hashes[0] != hashes[1] else []
+    if _lora_hashes(made) != _lora_hashes(now):
+        others.append("--lora")
     before, after = _not_recorded(made), _not_recorded(now)
     others += [f"--{name}" for name in GIVEN if name in before and before[name] != after.get(name)]
     return [f"{name} is not the one used before" for name in others]
+
+
+def _lora_hashes(made: Facts) -> list[Any]:
+    """Those of a picture's LoRAs, in their order."""
+    loras = made.get("loras")
+    return [lora.get("hash") for lora in loras if isinstance(lora, dict)] if isinstance(loras, list) else []
 
 
 def _not_recorded(made: Facts) -> Facts:

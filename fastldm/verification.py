@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from fastldm import ops
+from fastldm.canvas import side_in_pixels
 from fastldm.errors import NonFiniteOutput
 from fastldm.ops.registry import REFERENCE, watch
 from fastldm.pipeline import Pipeline
@@ -134,10 +135,11 @@ def verify(
     it is left as it was. Raises InvalidArgument and OutOfMemory as `generate` does.
     """
     began = time.perf_counter()
-    side = pipe.limits.default_width
+    side, factor = pipe.limits.default_width, pipe.limits.factor
     if pipe.device.type == "cpu":
-        side = min(side, max(CPU_SIDE // pipe.limits.factor, 1) * pipe.limits.factor)
-    size = {"width": side if width is None else width, "height": side if height is None else height}
+        side = min(side, max(CPU_SIDE // factor, 1) * factor)
+    asked = {"width": width, "height": height}
+    size = {name: side_in_pixels(name, value, side, factor) for name, value in asked.items()}
     with pipe.turn(), torch.inference_mode(False), torch.no_grad():
         model = _twin(pipe, pipe.dtype)
         calls = Calls(_layers(model), began + seconds)
@@ -192,25 +194,23 @@ def _picture(pipe: Pipeline, size: Mapping[str, int]) -> tuple[Tensor, Tensor]:
         latents = pipe.generate(**asked, steps=STEPS, output_type="latent", cuda_graph=False).images
         return latents, pipe.decode(latents, "pt")
     except NonFiniteOutput:
-        nothing = torch.full((1,), torch.nan, device=pipe.device)
-        return nothing, nothing
+        return (torch.full((1,), torch.nan, device=pipe.device),) * 2
 
 
 def _asked(pipe: Pipeline, width: int, height: int) -> dict[str, Any]:
     """What the one picture is asked for with: a prompt, or what the model cannot do without."""
     abilities = pipe.limits.abilities
-    size = {"width": width, "height": height}
-    grey = np.full((height, width, 3), 128, np.uint8)
+    grey = np.broadcast_to(np.uint8(128), (height, width, 3))
     if abilities.needs == "image":
         return {"image": grey[:: abilities.upscaling, :: abilities.upscaling]}
     told: dict[str | None, dict[str, Any]] = {
         "label": {"label": 0},
         "layout": {"layout": [(0, (0.25, 0.25, 0.75, 0.75))]},
-        "segmentation": {"segmentation": np.zeros((height, width), int)},
-        "mask": {"image": grey, "mask": np.tri(height, width, dtype=bool)},
+        "segmentation": {"segmentation": np.broadcast_to(0, (height, width))},
+        "mask": {"image": grey, "mask": np.broadcast_to(np.arange(width) < width // 2, (height, width))},
     }
     prompt = {"prompt": PROMPT} if abilities.prompt else {}
-    return {**size, **prompt, **told.get(abilities.needs, {})}
+    return {"width": width, "height": height, **prompt, **told.get(abilities.needs, {})}
 
 
 def _end_to_end(pipe: Pipeline, model: Pipeline, size: Mapping[str, int]) -> list[Row]:

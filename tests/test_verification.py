@@ -216,7 +216,7 @@ def test_the_pipeline_is_left_as_it_was_and_busy_meanwhile(
 def test_size_and_its_errors(pipe: fastldm.Pipeline) -> None:
     found = verify(pipe, width=64, height=96, seconds=0)
     assert next(row.shape for row in found.rows if row.layer.startswith("pixels")) == (1, 3, 96, 64)
-    for name, value in (("width", 3), ("width", 0), ("height", 0)):
+    for name, value in (("width", 3), ("width", 0), ("height", 0), ("height", -8), ("width", 2**40)):
         with pytest.raises(fastldm.InvalidArgument, match=f"{name}={value}"):
             verify(pipe, **{name: value})
 

@@ -47,6 +47,9 @@ def test_loras_are_merged_recorded_and_asked_for(generate, pipe, capsys) -> None
     assert "lora=None: allowed is --lora FILE:WEIGHT" in error and "lora_kohya_sd15" in error
     assert generate("--replay", "one.png", *loras, "-o", "two.png") == 0
     assert Path("one.png").read_bytes() == Path("two.png").read_bytes()
+    assert "not the one used before" not in capsys.readouterr().err
+    assert generate("--replay", "one.png", *loras[:2], "-o", "three.png") == 0
+    assert "--lora is not the one used before" in capsys.readouterr().err
 
 
 def test_a_colon_may_belong_to_the_name(generate, monkeypatch) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -307,8 +306,13 @@ fit = {{ steps = 2, batch = 2, learning_rate = 1e-3, sample_every = 2 }}
     assert not torch.equal(first.unet.conv_out.weight, then.unet.conv_out.weight)
 
 
-def test_the_shipped_recipe_is_readable() -> None:
-    recipe = Path(fastldm.__file__).parent / "training" / "scenes.toml"
-    config = read_config(recipe)
-    assert isinstance(config, TrainConfig) and config.diffusion.fit.steps > 0
-    assert replace(config, seed=1).seed == 1
+def test_the_parts_of_the_shipped_recipe_go_on_from_each_other() -> None:
+    parts = [
+        read_config(Path(fastldm.__file__).parent / "training" / f"{name}.toml")
+        for name in ("scenes", "scenes_on", "scenes_arranged")
+    ]
+    assert all(isinstance(part, TrainConfig) and part.diffusion.fit.steps > 0 for part in parts)
+    assert [part.start for part in parts] == [None, *(part.output for part in parts[:-1])]
+    for part in parts[1:]:
+        assert part.diffusion.block_out_channels == parts[0].diffusion.block_out_channels
+        assert part.autoencoder.latent_channels == parts[0].autoencoder.latent_channels
