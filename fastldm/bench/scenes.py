@@ -94,6 +94,7 @@ def measure(
     device: str | None = None,
     every: int = 1,
     guidance: float | None = None,
+    eta: float = 0.0,
     steps: int = 25,
     judge: str | None = None,
     say: Callable[[str], None] = lambda text: None,
@@ -110,15 +111,14 @@ def measure(
     if guidance is None:
         guidance = pipe.limits.abilities.guidance_scale
     guidance = checks.number("guidance", guidance, 0.0, 100.0)
+    sampled = {"steps": steps, "guidance_scale": guidance, "eta": checks.number("eta", eta, 0, 1)}
     number = len(range(0, PER_CATEGORY, every))
 
     def draw(prompts: Sequence[str], seeds: Sequence[int]) -> Pictures:
         made: list[Any] = []
         for start in range(0, len(prompts), BATCH):
             part = slice(start, start + BATCH)
-            made += pipe.generate(
-                list(prompts[part]), seed=list(seeds[part]), steps=steps, guidance_scale=guidance
-            ).images
+            made += pipe.generate(list(prompts[part]), seed=list(seeds[part]), **sampled).images
             say(f"{len(made)} of {len(prompts)} pictures")
         return np.stack([np.asarray(image) for image in made])
 
@@ -133,7 +133,8 @@ def measure(
     pictures = len(range(0, DISTANCE_PICTURES, every))
     distance, floor = _distances(reader, draw, pictures)
     return Report(
-        title=f"Scenes: {model}, {steps} steps, guidance {guidance:g}, {pipe.device}, {pipe.dtype}",
+        title=f"Scenes: {model}, {steps} steps, eta {eta:g}, guidance {guidance:g}, "
+        f"{pipe.device}, {pipe.dtype}",
         pictures=number,
         categories=shares,
         overall=sum(shares[name] for name in GENEVAL) / len(GENEVAL),

@@ -77,6 +77,7 @@ def measure(
     device: str | None = None,
     every: int = 1,
     guidance: float | None = None,
+    eta: float = 0.0,
     steps: int = 25,
     judge: str | None = None,
     say: Callable[[str], None] = lambda text: None,
@@ -95,7 +96,7 @@ def measure(
             "model", model, f"a model of scenes for every task; this one does {', '.join(can.tasks)}"
         )
     exam = _Exam(range(0, QUESTIONS, every), can.upscaling)
-    plain = {"steps": steps} if guidance is None else {"steps": steps, "guidance_scale": guidance}
+    plain: dict[str, Any] = {"steps": steps, "guidance_scale": guidance, "eta": eta}
 
     def ask(task: str) -> Pictures:
         say(task)

@@ -68,7 +68,8 @@ class Double:
         yield
 
     def generate(self, prompts: list[str], seed: list[int], **options: object) -> SimpleNamespace:
-        assert len(prompts) == len(seed) <= 8 and options == {"steps": 25, "guidance_scale": 3.0}
+        assert len(prompts) == len(seed) <= 8
+        assert options == {"steps": 25, "guidance_scale": 3.0, "eta": 0.0}
         return SimpleNamespace(images=list(map(self.picture, prompts, seed)))
 
     def picture(self, prompt: str, seed: int) -> Image.Image:
@@ -117,10 +118,11 @@ def test_a_judge_that_cannot_read_renders_judges_nothing() -> None:
         (["step", "--every", "2"], "every=2: allowed is only with scenes"),
         (["scenes", "--every", "0"], "every=0"),
         (["scenes", "--guidance", "-1"], "guidance=-1.0"),
+        (["scenes", "--eta", "2"], "eta=2.0"),
         (["scenes", "--json", "no/such/folder/x.json"], "a file in a folder that exists"),
         (["scenes", "--judge", "no-judge.safetensors"], "no-judge.safetensors: cannot be read"),
     ],
-    ids=["parts", "rounds", "every of a race", "every", "guidance", "json", "judge"],
+    ids=["parts", "rounds", "every of a race", "every", "guidance", "eta", "json", "judge"],
 )
 def test_errors_of_the_command(
     capsys: pytest.CaptureFixture[str], arguments: Sequence[str], told: str
