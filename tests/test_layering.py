@@ -50,7 +50,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "api": {"pipeline", *STAGES, *FRONT, *MODELS},
     "inversion": {"pipeline", "runtime", "diffusion", *FRONT},
     "interpolation": {"pipeline", *FRONT},
-    "verification": {"pipeline", "runtime", "ops", "errors"},
+    "verification": {"pipeline", "runtime", "ops", "canvas", "errors"},
     "doctor": {"kernels", "runtime", "ops", "errors"},
     "tuning": {"kernels", *STAGES, *MODELS},
     "serve": {"api", "pipeline", *STAGES, *FRONT, *MODELS},
