@@ -24,9 +24,8 @@ import torch
 from fastldm.bench import machine, scenes
 from fastldm.checkpoint import save_folder
 from fastldm.training.config import TrainConfig, read_config
-from fastldm.training.data import SceneData
 from fastldm.training.latents import latents_and_hints
-from fastldm.training.run import first_stages
+from fastldm.training.run import first_stages, scenes_to_learn
 from fastldm.training.session import Session
 
 BAR = 0.85
@@ -63,9 +62,7 @@ def main() -> None:
     torch.set_num_threads(config.threads)
     session = Session(config, report=lambda text: None)
     vae, tokenizer, model, scheduler = first_stages(session, None)
-    section = config.diffusion
-    data = SceneData.draw(section.pictures, config.seed + 2, section.stage, section.arranged)
-    latents_and_hints(session, vae, data)  # gives the autoencoder its scale
+    latents_and_hints(session, vae, scenes_to_learn(config))  # gives the autoencoder its scale
     found: list[dict[str, Any]] = []
     for step, file in kept_averages(config.folder):
         kept = torch.load(file, weights_only=True)
@@ -83,7 +80,7 @@ def main() -> None:
                 dtype=torch.bfloat16,
             )
             report = scenes.measure(model=f"{folder}/model", every=options.every, guidance=options.guidance)
-        rows = step * section.fit.batch * section.fit.accumulate
+        rows = step * config.diffusion.fit.batch * config.diffusion.fit.accumulate
         found.append({"steps": step, "rows": rows, **asdict(report)})
         shares = ", ".join(f"{name} {share:.0%}" for name, share in report.categories.items())
         said = f"overall {report.overall:.1%}, {report.found:.1%} of the objects asked for"

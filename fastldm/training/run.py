@@ -70,7 +70,7 @@ def _train(config: TrainConfig, report: Callable[[str], None], strict: bool) -> 
         section = config.diffusion
         if folder is None:
             session.say(f"drawing {section.pictures} pictures to learn")
-        data = folder or SceneData.draw(section.pictures, config.seed + 2, section.stage, section.arranged)
+        data = folder or scenes_to_learn(config)
         latents, hints = latents_and_hints(session, vae, data)
         prompts = PROMPTS if folder is None else folder.texts[:SHOWN]
 
@@ -93,6 +93,12 @@ def _train(config: TrainConfig, report: Callable[[str], None], strict: bool) -> 
         workers.wait()
         session.say(f"wrote {config.output}")
     return config.output
+
+
+def scenes_to_learn(config: TrainConfig) -> SceneData:
+    """The scenes that the diffusion model of a configuration learns."""
+    section = config.diffusion
+    return SceneData.draw(section.pictures, config.seed + 2, section.stage, section.arranged)
 
 
 def abilities(data: PictureData, section: DiffusionSection) -> Abilities:
